@@ -1,6 +1,6 @@
-"""What the paper puts in its appendix: configuration, environments, networks, optimisers, replay,
-logging and evaluation. Each part is TorchRL's own, set by its own knobs; a function here builds one
-part or does one chore."""
+"""What the paper puts in its appendix: configuration, environments, networks, optimisation,
+replay, evaluation, logging. Each part is TorchRL's own, set by its knobs; what is here builds one part or
+does one chore."""
 
 import contextlib
 import ctypes
@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's convolutions take
 
-# --------------------------------------------------------------------------------------------------
-# Configuration
+# --- Configuration -------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -55,11 +54,12 @@ CHOICES = {
     "optimization.autocast": ("auto", "false", "true", "bfloat16", "float16"),
     "logger.mode": ("offline", "online", "disabled", "dryrun"),
 }
-LOWEST = {"env.camera": -1, "replay_buffer.batch_length": 2, "optimization.horizon": 2}
-ZERO_IS_FINE = ("seed collector.exploration_noise evaluation.every optimization.pretrain optimization"
-                ".train_ratio optimization.kl_scale optimization.free_nats optimization.gamma"
-                " optimization.lambda_ optimization.discount_scale").split()
 HIGHEST = {"optimization.gamma": 1, "optimization.lambda_": 1}
+LOWEST = {"env.camera": -1, "replay_buffer.batch_length": 2, "optimization.horizon": 2} | {
+    key: 0 for key in (
+        "seed", "collector.exploration_noise", "evaluation.every", "optimization.pretrain",
+        "optimization.train_ratio", "optimization.kl_scale", "optimization.free_nats",
+        "optimization.gamma", "optimization.lambda_", "optimization.discount_scale")}
 
 
 def load_config(cfg):
@@ -69,10 +69,10 @@ def load_config(cfg):
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     config.optimization.autocast = config.optimization.autocast.lower()
-    for group, values in [("", vars(config)), *((g, vars(v)) for g, v in vars(config).items()
-                                                if g in DEFAULTS and is_dataclass(v))]:
-        for key, value in values.items():
-            check_value(f"{group}.{key}".strip("."), value)
+    for name, part in vars(config).items():
+        values = vars(part).items() if is_dataclass(part) else [("", part)]
+        for key, value in values:
+            check_value(f"{name}.{key}".strip("."), value)
     check_combinations(config)
     return config
 
@@ -81,32 +81,30 @@ def check_value(key, value):
     """Raises `UserError` if `value` is outside the choices or the range of its key."""
     if value not in CHOICES.get(key, (value,)):
         raise UserError(f"{key}={value}: choose one of {', '.join(CHOICES[key])}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    low, high = LOWEST.get(key, 0), HIGHEST.get(key, sys.float_info.max)
-    zero = value != 0 or key in ZERO_IS_FINE + list(LOWEST)
-    if not (low <= value <= high and zero):
-        words = f"between {low} and {high}" if key in HIGHEST else f"of at least {low}"
-        raise UserError(f"{key}={value}: give a number {words if zero else 'above 0'}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low, high = LOWEST.get(key), HIGHEST.get(key, sys.float_info.max)
+        if not (value > 0 if low is None else low <= value) or not value <= high:
+            words = "above 0" if low is None else f"of at least {low}"
+            raise UserError(f"{key}={value}: give a number {words}, at most {high:g}")
 
 
 def check_combinations(config):
     """Raises `UserError` where single values are fine but do not go together."""
     env, collector, replay = config.env, config.collector, config.replay_buffer
     rows = env.time_limit // env.action_repeat + 1  # of an episode: its agent steps and the reset
-    one_each = env.n_parallel_envs * env.time_limit
+    episodes = env.n_parallel_envs * env.time_limit
     rules = [
         (replay.batch_size % replay.batch_length == 0,
          f"replay_buffer.batch_size={replay.batch_size} (frames per update) must be a multiple of"
          f" replay_buffer.batch_length={replay.batch_length}"),
         (env.time_limit % env.action_repeat == 0,
-         f"env.time_limit={env.time_limit} must be a multiple of action_repeat={env.action_repeat}"),
+         f"env.time_limit={env.time_limit} is no multiple of action_repeat={env.action_repeat}"),
         (replay.batch_length <= rows,
          f"replay_buffer.batch_length={replay.batch_length} is longer than an episode, which has"
          f" {rows} rows: lower it, or raise env.time_limit"),
-        (collector.random_steps >= one_each,
-         f"collector.random_steps={collector.random_steps} does not fill one episode of every"
-         f" environment: raise it to {one_each}"),
+        (collector.random_steps >= episodes,
+         f"collector.random_steps={collector.random_steps} does not fill an episode of every"
+         f" environment: raise it to {episodes}"),
         (collector.total_steps >= collector.random_steps,
          f"collector.total_steps={collector.total_steps} ends before training starts: raise it"
          f" above collector.random_steps={collector.random_steps}"),
@@ -123,8 +121,7 @@ def check_combinations(config):
             raise UserError(sentence)
 
 
-# --------------------------------------------------------------------------------------------------
-# Environments
+# --- Environments --------------------------------------------------------------------------------
 
 GL_PROBE = (
     "import mujoco; c = mujoco.GLContext(8, 8); c.make_current();"
@@ -154,8 +151,8 @@ def select_gl():
     if wanted:
         raise UserError(f"MUJOCO_GL={wanted} does not render here ({failures[wanted]}): unset it,"
                         " and a backend that works is chosen")
-    raise UserError("MuJoCo cannot render here: `apt-get install -y --no-install-recommends libegl1"
-                    f" libgl1`, or use env.from_pixels=false (tried {failures})")
+    raise UserError("MuJoCo cannot render here: `apt-get install -y --no-install-recommends"
+                    f" libegl1 libgl1`, or use env.from_pixels=false (tried {failures})")
 
 
 EVALUATION = 1_000_000  # as the index of a copy of the environment: the one that evaluates
@@ -173,7 +170,7 @@ class EpisodeSeeds:
         return int(sequence.generate_state(1)[0])
 
 
-class SuiteEpisodes(dm_env.Environment):
+class SuiteEpisodes:
     """A Control Suite task with action repeat, own seeds, and one render per agent step.
 
     Rewards of the repeated steps are summed and only the last is rendered: the pixels of the plain
@@ -183,13 +180,11 @@ class SuiteEpisodes(dm_env.Environment):
 
     def __init__(self, env, seeds, action_repeat, camera=None):
         self._env, self._seeds, self._repeat, self._camera = env, seeds, action_repeat, None
-        self._spec = dm_env.specs.Array(IMAGE, np.uint8)
-        if camera is None:
-            self._spec = env.observation_spec()["observations"].replace(dtype=np.float32)
-        else:
+        self._spec = env.observation_spec().get("observations")
+        if camera is not None:
             from dm_control.mujoco.engine import Camera
 
-            size = env.physics.model.vis.global_
+            self._spec, size = dm_env.specs.Array(IMAGE, np.uint8), env.physics.model.vis.global_
             size.offheight, size.offwidth = IMAGE[:2]
             self._camera = Camera(env.physics, *IMAGE[:2], camera)
 
@@ -207,17 +202,12 @@ class SuiteEpisodes(dm_env.Environment):
         return self._show(time_step._replace(reward=reward))
 
     def _show(self, time_step):
-        if self._camera is None:
-            observation = time_step.observation["observations"].astype(np.float32)
-        else:
-            observation = self._camera.render().copy()
+        pixels = None if self._camera is None else self._camera.render().copy()
+        observation = time_step.observation["observations"] if pixels is None else pixels
         return time_step._replace(observation={"observation": observation})
 
     def observation_spec(self):
         return {"observation": self._spec}
-
-    def action_spec(self):
-        return self._env.action_spec()
 
     def __getattr__(self, name):
         return getattr(self._env, name)
@@ -274,7 +264,8 @@ def gymnasium_env(cfg, seeds):
             return image.round().byte().movedim(0, -1).contiguous().numpy()
 
     try:
-        env = Episodes(gymnasium.make(cfg.name, render_mode="rgb_array" if cfg.from_pixels else None))
+        mode = "rgb_array" if cfg.from_pixels else None
+        env = Episodes(gymnasium.make(cfg.name, render_mode=mode))
     except Exception as error:  # unknown id, missing package: each backend raises its own kind
         reason = " ".join(str(error).split())
         raise UserError(f"env.name={cfg.name} cannot be made by gymnasium: {reason}") from None
@@ -291,7 +282,7 @@ def gymnasium_env(cfg, seeds):
 
 
 def single_env(cfg, seeds):
-    """One copy of the environment: actions in [-1, 1], a truncation at the time limit."""
+    """One copy of the environment: actions in [-1, 1], float32, a truncation at the time limit."""
     env = (suite_env if cfg.backend == "dm_control" else gymnasium_env)(cfg, seeds)
     limit = envs.StepCounter(cfg.time_limit // cfg.action_repeat)
     parts = envs.ActionScaling(), envs.DoubleToFloat(), limit
@@ -309,8 +300,7 @@ def make_env(cfg, seeds, networks):
     return envs.TransformedEnv(env, envs.TensorDictPrimer(memory))
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks (App. A)
+# --- Networks (App. A) ---------------------------------------------------------------------------
 
 
 class FullPrecision(nn.Module):
@@ -321,7 +311,7 @@ class FullPrecision(nn.Module):
 
 
 class TransitionModel(RSSMPrior):
-    """TorchRL's RSSM prior whose belief is never rounded below float32; it also runs in float64."""
+    """TorchRL's RSSM prior; its belief is never rounded below float32, and may be float64."""
 
     def forward(self, state, belief, action, noise):
         """Eq. (1): s_{t-1} [n, S], [n, D], a_{t-1} [n, A], standard normal noise [n, S] ->
@@ -349,7 +339,7 @@ class Actor(DreamerActor):
 
 
 class WorldModel(nn.Module):
-    """theta: encoder, RSSM (prior, posterior), decoder, reward head and, if wanted, discount head."""
+    """theta: encoder, RSSM (prior, posterior), decoder, reward head, discount head if wanted."""
 
     def __init__(self, cfg, observation_shape, action_dim, predict_discount):
         super().__init__()
@@ -419,8 +409,7 @@ def initialise(module):
             nn.init.xavier_uniform_(parameter)
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimisation, device and precision
+# --- Optimisation, device and precision ----------------------------------------------------------
 
 
 class Optimizer:
@@ -490,7 +479,7 @@ def resolve_autocast(name, device):
             reason = "gradients are not finite"
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-        print(f"autocast: {dtype} fails on this {device.type} ({reason}); trying the next precision")
+        print(f"autocast: {dtype} fails on this {device.type} ({reason}); trying the next one")
     return None
 
 
@@ -520,8 +509,7 @@ def accelerate(function, device, dtype):
     return accelerated
 
 
-# --------------------------------------------------------------------------------------------------
-# Acting and replay
+# --- Acting and replay ---------------------------------------------------------------------------
 
 
 class Policy(TensorDictModuleBase):
@@ -617,7 +605,7 @@ class Replay:
         return float(after["reward"].double().sum()), len(steps) * self.repeat
 
     def sample(self):
-        """A batch of [B, L] rows on the training device; `UserError` if no episode is that long."""
+        """A batch [B, L] on the training device; `UserError` if no episode is that long."""
         if self.longest < self.length:
             raise UserError(f"no episode has replay_buffer.batch_length={self.length} rows (the"
                             f" longest has {self.longest}): lower replay_buffer.batch_length, or"
@@ -626,8 +614,7 @@ class Replay:
         return batch.exclude("episode", "index").to(self.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation and logging: nothing here changes what is learned
+# --- Evaluation and logging: nothing here changes what is learned --------------------------------
 
 
 class Evaluation:
@@ -762,8 +749,7 @@ class Logger:
             self.wandb.finish()
 
 
-# --------------------------------------------------------------------------------------------------
-# A run
+# --- A run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -791,7 +777,7 @@ class Run:
         copies, repeat = cfg.env.n_parallel_envs, cfg.env.action_repeat
         phase = math.ceil(cfg.collector.train_every / (copies * repeat)) * copies
         policy = Policy(self.agent, collection_rule, None, cfg.collector.random_steps // repeat)
-        threads = torch.get_num_threads()  # idle ones spin, and rob the software renderer of its core
+        threads = torch.get_num_threads()  # idle ones spin, which slows a software renderer
         self.collector = Collector(
             env, policy, frames_per_batch=phase, total_frames=-1, trust_policy=True,
             auto_register_policy_transforms=False,
