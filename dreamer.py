@@ -282,9 +282,15 @@ def explore(action, noise, scale):
 
 
 def most_likely_action(mean, std, noise):
-    """The densest of K samples, row by row: the official mode; noise [K, n, A] -> [n, A]."""
-    best = action_log_prob(mean, std, noise).argmax(0)
-    return act(mean, std, noise)[best, torch.arange(len(best), device=best.device)]
+    """The densest of K samples, row by row; noise [K, n, A] -> [n, A].
+
+    As officially, the density is taken at a float32 inverse of the tanh, clipped just below 1:
+    the exact one has no bound where the tanh saturates.
+    """
+    action = act(mean, std, noise)
+    raw = action.float().clamp(-0.99999997, 0.99999997).atanh().to(action.dtype)
+    best = action_log_prob(mean, std, (raw - mean) / std).argmax(0)
+    return action[best, torch.arange(len(best), device=best.device)]
 
 
 def collection_policy(agent, observation, action, state, belief, noise, scale):
@@ -313,7 +319,7 @@ def updates_due(step, collector, hp):
 
 
 def train(cfg):
-    """Algorithm 1."""
+    """Algorithm 1; returns the trained agent."""
     collect = functools.partial(collection_policy, scale=cfg.collector.exploration_noise)
     run = utils.Run(cfg, collect, evaluation_policy)
     hp, agent, replay, logger = cfg.optimization, run.agent, run.replay, run.logger
@@ -338,6 +344,7 @@ def train(cfg):
         if step >= cfg.collector.total_steps:
             break
     run.close()
+    return agent
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="config")

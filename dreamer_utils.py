@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, is_dataclass, make_dataclass
 from pathlib import Path
+from unittest import mock
 
 import dm_env
 import numpy as np
@@ -24,12 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
-from torchrl import envs
-from torchrl.collectors import Collector
-from torchrl.data import LazyMemmapStorage, ReplayBuffer, SliceSampler, Unbounded
-from torchrl.modules import MLP, DreamerActor, ObsDecoder, ObsEncoder, RSSMPosterior, RSSMPrior
-from torchrl.record.loggers.wandb import WandbLogger
 from tqdm import tqdm
+
+with mock.patch.dict(os.environ, MUJOCO_GL="disabled"):  # else TorchRL loads OpenGL by way of mujoco
+    from torchrl import envs
+    from torchrl.collectors import Collector
+    from torchrl.data import LazyMemmapStorage, ReplayBuffer, SliceSampler, Unbounded
+    from torchrl.modules import MLP, DreamerActor, ObsDecoder, ObsEncoder
+    from torchrl.modules import RSSMPosterior, RSSMPrior
+    from torchrl.record.loggers.wandb import WandbLogger
 
 IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's convolutions take
 
@@ -278,7 +282,10 @@ def gymnasium_env(cfg, seeds):
         env.observation_space = Box(0, 255, IMAGE, np.uint8)
     elif not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         raise UserError(f"env.name={cfg.name} has no flat state vector: use env.from_pixels=true")
-    return envs.GymWrapper(env)
+    if not cfg.from_pixels:
+        return envs.GymWrapper(env)
+    rename = envs.RenameTransform(["pixels"], ["observation"])  # TorchRL's name for an image
+    return envs.TransformedEnv(envs.GymWrapper(env), rename)
 
 
 def single_env(cfg, seeds):
@@ -296,8 +303,8 @@ def make_env(cfg, seeds, networks):
     env = envs.ParallelEnv(len(make), make) if len(make) > 1 else make[0]()
     sizes = {"state": networks.state_dim, "belief": networks.belief_dim,
              "previous_action": env.action_spec.shape[-1]}
-    memory = {name: Unbounded((*env.batch_size, size)) for name, size in sizes.items()}
-    return envs.TransformedEnv(env, envs.TensorDictPrimer(memory))
+    memory = {name: Unbounded(size) for name, size in sizes.items()}
+    return envs.TransformedEnv(env, envs.TensorDictPrimer(memory, expand_specs=True))
 
 
 # --- Networks (App. A) ---------------------------------------------------------------------------
@@ -328,8 +335,9 @@ class Actor(DreamerActor):
     """TorchRL's actor; gives mean (bounded) and std of the Gaussian under the tanh, [..., A]."""
 
     def __init__(self, action_dim, cfg):
-        # TorchRL's floor of 1e-4 is part of its initial std; officially it comes on top.
-        super().__init__(action_dim, 4, cfg.hidden_dim, std_bias=cfg.action_std + 1e-4)
+        super().__init__(action_dim, 4, cfg.hidden_dim)
+        # The official initial std leaves out its floor of 1e-4, and the bias is not a float32.
+        self.backbone[-1].scale_mapping.bias = math.log(math.expm1(cfg.action_std))
         self.mean_scale = cfg.action_mean_scale
         self.backbone.insert(len(self.backbone) - 1, FullPrecision())
 
@@ -654,7 +662,7 @@ class Logger:
 
     def __init__(self, cfg, directory, device):
         self.cfg, self.directory, self.hint = cfg, directory, device.type == "cpu"
-        self.updates, self.seconds, self.evaluations, self.last_row = [], {}, 0, 0
+        self.updates, self.episodes, self.seconds, self.evaluations, self.last_row = [], [], {}, 0, 0
         self.rows, self.wandb = (directory / "metrics.jsonl").open("a", buffering=1), None
         if cfg.logger.mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")
@@ -688,8 +696,8 @@ class Logger:
     def report(self, step, before, updates, episodes, evaluation):
         """All that is due between the steps `before` and `step`: evaluation, video, one row."""
         cfg, metrics, last = self.cfg, {}, step >= self.cfg.collector.total_steps
-        for total, length in episodes:
-            metrics |= {"train/return": total, "train/length": length}
+        self.episodes += episodes
+        for total, _ in episodes[-1:]:
             self.bar.set_postfix_str(f"return {total:.1f}, updates {updates}", refresh=False)
         every = cfg.evaluation.every
         if every and updates and (last or crosses(before, step, every)):
@@ -701,12 +709,15 @@ class Logger:
             if cfg.logger.video and self.evaluations % cfg.logger.video_every == 0:
                 self.video(step, observations)
         self.bar.update(step - before)
-        if episodes or metrics or last or crosses(before, step, cfg.logger.every):
+        if crosses(before, step, cfg.logger.every) or metrics or last:
             self.write(step, updates, metrics)
 
     def write(self, step, updates, metrics):
-        """Writes `metrics`, the means over the updates since the last row, and the times."""
+        """Writes `metrics`, means over the updates and episodes since the last row, and times."""
         seconds, count = self.seconds, len(self.updates)
+        if self.episodes:
+            means = np.mean(self.episodes, 0).tolist()
+            metrics |= {"train/return": means[0], "train/length": means[1]}
         for name in self.updates[0] if count else ():
             metrics[name] = torch.stack([row[name] for row in self.updates]).mean().item()
         metrics |= {f"throughput/{phase}_seconds": value for phase, value in seconds.items()}
@@ -725,7 +736,7 @@ class Logger:
             hours = (self.cfg.collector.total_steps - step) * each / 3600
             self.bar.write(f"this run will take about {hours:.1f} hours on this CPU; a smaller"
                            " one: python dreamer.py --config-name config_laptop")
-        self.updates, self.seconds, self.last_row = [], {}, step
+        self.updates, self.episodes, self.seconds, self.last_row = [], [], {}, step
 
     def video(self, step, observations):
         """Saves [T, 64, 64, 3] uint8 as an mp4 in the run directory, and shows it on wandb."""
@@ -765,7 +776,7 @@ class Run:
         self.autocast = resolve_autocast(cfg.optimization.autocast, self.device)
         if cfg.env.from_pixels:
             select_gl()
-        else:
+        elif "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = "disabled"  # states need no OpenGL, so none is imported
         torch.manual_seed(cfg.seed)
         seeds = [EpisodeSeeds(cfg.seed, copy) for copy in range(cfg.env.n_parallel_envs)]

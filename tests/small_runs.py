@@ -1,0 +1,37 @@
+"""Runs of the real training loop that take seconds: short episodes, small networks."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+import dreamer
+import dreamer_utils as utils
+
+ROOT = Path(dreamer.__file__).parent
+SMALL = [
+    "device=cpu", "env.name=cartpole", "env.task=balance", "env.from_pixels=false",
+    "env.time_limit=40", "collector.random_steps=80", "collector.train_every=40",
+    "collector.total_steps=240", "replay_buffer.batch_size=24", "replay_buffer.batch_length=8",
+    "networks.belief_dim=16", "networks.state_dim=4", "networks.hidden_dim=16",
+    "networks.channels=2", "optimization.horizon=4", "optimization.pretrain=2",
+    "optimization.train_ratio=0.025", "evaluation.every=80", "logger.every=40",
+    "logger.mode=disabled", "logger.progress=false", "optimization.autocast=false",
+]  # fmt: skip
+
+
+def configure(*overrides, name="config"):
+    """The checked configuration that these command-line overrides give."""
+    with initialize_config_dir(str(ROOT), version_base="1.3"):
+        return utils.load_config(compose(name, overrides=[*overrides]))
+
+
+def small(run_dir, *overrides):
+    """Trains with the small settings; returns a digest of all weights, and the metrics rows."""
+    agent = dreamer.train(configure(*SMALL, f"run_dir={run_dir}", *overrides))
+    digest = hashlib.sha256()
+    for parameter in agent.state_dict().values():
+        digest.update(parameter.contiguous().cpu().numpy().tobytes())
+    rows = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return digest.hexdigest(), [json.loads(row) for row in rows]

@@ -1,0 +1,65 @@
+"""Acting with the official weights: three steps, while collecting and while evaluating."""
+
+import pytest
+import torch
+from golden_weights import OUTPUT, check, config, load_agent
+
+import dreamer
+
+
+def play(data, agent, mode):
+    """Yields (step, what the policy made of it); the executed action goes into the next step."""
+    model = agent.world_model
+    posterior = {}
+    model.posterior.register_forward_hook(
+        lambda module, inputs, outputs: posterior.update(mean=outputs[0], std=outputs[1])
+    )
+    state, belief = model.initial(data["obs_u8"].shape[1])
+    action = torch.zeros_like(data[f"{mode}_action"][0])
+    for t, observation in enumerate(data["obs_u8"]):
+        noise = {
+            "prior": data[f"{mode}_prior_noise"][t],
+            "posterior": data[f"{mode}_post_noise"][t],
+            "action": data[f"{mode}_actor_noise"][t],
+        }
+        inputs = agent, observation, action, state, belief, noise
+        if mode == "train":
+            noise["exploration"] = data["train_expl_noise"][t]
+            scale = config().collector.exploration_noise
+            action, state, belief = dreamer.collection_policy(*inputs, scale)
+        else:
+            action, state, belief = dreamer.evaluation_policy(*inputs)
+        yield t, {"action": action, "stoch": state, "deter": belief, **posterior}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_policy(golden, dtype, mode):
+    data = golden("policy", dtype)
+    for t, got in play(data, load_agent(data), mode):
+        for part, value in got.items():
+            check(value, data[f"{mode}_{part}"][t], OUTPUT[dtype], f"step {t}: {part}")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_policy_treats_every_row_alone(golden, mode):
+    """Several environments at once act as each of them would act alone, with its own noise."""
+    data = golden("policy")
+    agent, n = load_agent(data), len(data["obs_u8"])
+    size, samples = agent.world_model.sizes, () if mode == "train" else (20,)
+    shapes = {name: (n, size[name]) for name in ("action", "state", "belief")}
+    action, state, belief = (torch.randn(s, dtype=torch.float64) for s in shapes.values())
+    shapes = {"prior": shapes["state"], "posterior": shapes["state"],
+              "exploration": shapes["action"],
+              "action": (*samples, *shapes["action"])}  # fmt: skip
+    noise = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def act(rows):
+        inputs = [x[rows] for x in (data["obs_u8"][:, 0], action, state, belief)]
+        own = {name: x[..., rows, :] for name, x in noise.items()}
+        if mode == "train":
+            return dreamer.collection_policy(agent, *inputs, own, 0.3)
+        return dreamer.evaluation_policy(agent, *inputs, own)
+
+    alone = zip(*(act(slice(i, i + 1)) for i in range(n)))
+    for got, want in zip(act(slice(n)), alone, strict=True):
+        check(got, torch.cat(want), 1e-8)
