@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0", "torchrl==0.14.1", "tensordict==0.14.3", "dm_control==1.0.50",
 #   "mujoco==3.17.0", "gymnasium==1.4.0", "hydra-core==1.3.8", "wandb==0.31.0", "moviepy==2.2.1",
-#   "tqdm==4.70.1", "pytest==9.2.0", "pytest-timeout==2.4.0",
+#   "matplotlib==3.11.2", "tqdm==4.70.1", "pytest==9.2.0", "pytest-timeout==2.4.0",
 # ]
 # [tool.uv]
 # override-dependencies = ["labmaze; python_version < '3.13'"]
@@ -38,10 +38,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 import dreamer_utils as utils
 
-# -------------------------------------------------------------------------------------------------
-# Latent dynamics: Eqs. (1), (9), (10)
-
-
+# --- Latent dynamics: Eqs. (1), (9), (10) --------------------------------------------------------
 def observe(world_model, embedding, action, noise):
     """Eqs. (1), (9): filters s_t ~ p(s_t | s_{t-1}, a_{t-1}, o_t) from the zero state.
 
@@ -63,24 +60,20 @@ def observe(world_model, embedding, action, noise):
         posterior.append((mean, std, state, belief))
     return along_time(prior), along_time(posterior)
 
-
 def along_time(steps):
     """A list over time of (mean, std, state, belief) -> a dict of tensors with time second."""
     names = "mean", "std", "state", "belief"
     return {name: torch.stack(values, 1) for name, values in zip(names, zip(*steps))}
-
 
 def log_normal(target, mean, event_dims=0):
     """ln N(target; mean, 1), summed over the last `event_dims` dimensions; any shape."""
     log_prob = -0.5 * (target - mean).square() - 0.5 * math.log(2 * math.pi)
     return log_prob.flatten(-event_dims).sum(-1) if event_dims else log_prob
 
-
 def latent_kl(prior, posterior):
     """Eq. (10), J_D: KL(posterior || prior) in nats, summed over the state: [B, L]."""
     p, q = (Normal(x["mean"], x["std"], validate_args=False) for x in (posterior, prior))
     return kl_divergence(Independent(p, 1), Independent(q, 1))
-
 
 def model_loss(observation_log_prob, reward_log_prob, kl, kl_scale, free_nats):
     """Eq. (10): minus (J_O + J_R + J_D), in nats; all inputs [B, L].
@@ -91,20 +84,14 @@ def model_loss(observation_log_prob, reward_log_prob, kl, kl_scale, free_nats):
     regulariser = kl_scale * kl.mean().clamp(min=free_nats)
     return regulariser - observation_log_prob.mean() - reward_log_prob.mean()
 
-
 def discount_log_prob(logits, target):
     """ln Bernoulli(target; logits) for soft targets in [0, 1]; any shape (App. A)."""
     return -binary_cross_entropy_with_logits(logits, target, reduction="none")
 
-
-# -------------------------------------------------------------------------------------------------
-# Behaviour: Eqs. (2) to (8)
-
-
+# --- Behaviour: Eqs. (2) to (8) ------------------------------------------------------------------
 def act(mean, std, noise):
     """Eq. (3): a = tanh(mean + std * noise), reparameterised; every shape [..., A]."""
     return torch.tanh(mean + std * noise)
-
 
 def action_log_prob(mean, std, noise):
     """ln of the density of `act(mean, std, noise)`: [..., A] -> [...].
@@ -114,7 +101,6 @@ def action_log_prob(mean, std, noise):
     raw = mean + std * noise
     log_slope = 2 * (math.log(2) - raw - softplus(-2 * raw))
     return (Normal(mean, std, validate_args=False).log_prob(raw) - log_slope).sum(-1)
-
 
 def imagine(world_model, actor, state, belief, noise):
     """Eqs. (1), (2): dreams H steps with the transition model and the action model alone.
@@ -135,7 +121,6 @@ def imagine(world_model, actor, state, belief, noise):
         steps.append((state, belief, mean, std))
     return tuple(torch.stack(values, 1) for values in zip(*steps))
 
-
 def lambda_return(reward, value, discount, lambda_):
     """Eq. (6): V_t = r_t + c_t ((1 - lambda) v_{t+1} + lambda V_{t+1}), where V_H = v_H.
 
@@ -153,29 +138,22 @@ def lambda_return(reward, value, discount, lambda_):
         targets.append(target)
     return torch.stack(targets[::-1], 1)
 
-
 def discount_weight(discount):
     """The product c_1 .. c_{t-1}, how likely the dream still goes on at s_t, as a constant:
     [N, H] -> [N, H-1], the first is 1."""
     start = torch.ones_like(discount[:, :1])
     return torch.cat([start, discount[:, :-2]], 1).cumprod(1).detach()
 
-
 def actor_loss(target, weight):
     """Eq. (7): minus the mean value target, which carries the gradient; both [N, H-1]."""
     return -(weight * target).mean()
-
 
 def value_loss(value, target, weight):
     """Eq. (8): minus the mean ln N(V_t; v_t, 1), half the squared error and a constant; the target
     is a constant; all [N, H-1]."""
     return -(weight * log_normal(target.detach(), value)).mean()
 
-
-# -------------------------------------------------------------------------------------------------
-# Algorithm 1, one update: two blocks of learning, then three steps
-
-
+# --- Algorithm 1, one update: two blocks of learning, then three steps ---------------------------
 def dynamics_learning(world_model, batch, noise, hp):
     """Algorithm 1, dynamics learning: the loss of theta, the model states, metrics.
 
@@ -205,7 +183,6 @@ def dynamics_learning(world_model, batch, noise, hp):
         loss = loss + hp.discount_scale * metrics["world_model/discount_loss"]
     return loss, posterior, metrics | {"world_model/loss": loss}
 
-
 def behavior_learning(agent, posterior, noise, hp):
     """Algorithm 1, behaviour learning: the losses of phi and psi, and metrics, from dreams that
     start at every posterior state [B, L, ...]."""
@@ -230,13 +207,11 @@ def behavior_learning(agent, posterior, noise, hp):
         "behavior/action_entropy": -action_log_prob(mean, std, noise["action"]).mean(),
     }
 
-
 def compute_losses(agent, batch, noise, hp):
     """The losses of theta, phi and psi at the same parameters, and metrics; all scalars."""
     model, posterior, dynamics = dynamics_learning(agent.world_model, batch, noise, hp)
     actor, value, behavior = behavior_learning(agent, posterior, noise, hp)
     return {"world_model": model, "actor": actor, "value": value}, dynamics | behavior
-
 
 def update(losses_of, agent, optimizers, batch, noise, hp):
     """Algorithm 1, one of the C update steps: theta, phi and psi follow their own losses.
@@ -252,7 +227,6 @@ def update(losses_of, agent, optimizers, batch, noise, hp):
     metrics["behavior/value_grad_norm"] = optimizers["value"].step()
     return {name: metric.detach() for name, metric in metrics.items()}
 
-
 def draw_noise(B, L, hp, world_model):
     """The standard normal noise of one update: of `observe`, then of `imagine`."""
     S, A = world_model.sizes["state"], world_model.sizes["action"]
@@ -263,11 +237,7 @@ def draw_noise(B, L, hp, world_model):
     return {name: torch.randn(shape, dtype=like.dtype, device=like.device)
             for name, shape in shapes.items()}  # fmt: skip
 
-
-# -------------------------------------------------------------------------------------------------
-# Algorithm 1, environment interaction: n environments, all shapes [n, ...]
-
-
+# --- Algorithm 1, environment interaction: n environments, all shapes [n, ...] -------------------
 def filter_state(world_model, observation, action, state, belief, noise):
     """Eq. (1): one step of `observe`, with the action that was executed last."""
     _, _, _, belief = world_model.prior(state, belief, action, noise["prior"])
@@ -275,11 +245,9 @@ def filter_state(world_model, observation, action, state, belief, noise):
     _, _, state = world_model.posterior(belief, embedding, noise["posterior"])
     return state, belief
 
-
 def explore(action, noise, scale):
     """Adds N(0, scale) to an action and clips it to [-1, 1] (App. A)."""
     return (action + scale * noise).clamp(-1, 1)
-
 
 def most_likely_action(mean, std, noise):
     """The densest of K samples, row by row; noise [K, n, A] -> [n, A].
@@ -292,24 +260,18 @@ def most_likely_action(mean, std, noise):
     best = action_log_prob(mean, std, (raw - mean) / std).argmax(0)
     return action[best, torch.arange(len(best), device=best.device)]
 
-
 def collection_policy(agent, observation, action, state, belief, noise, scale):
     """s_t from the history, a_t from the action model, exploration noise on top."""
     state, belief = filter_state(agent.world_model, observation, action, state, belief, noise)
     action = act(*agent.actor(state, belief), noise["action"])
     return explore(action, noise["exploration"], scale), state, belief
 
-
 def evaluation_policy(agent, observation, action, state, belief, noise):
     """The same with the most likely action and no exploration noise."""
     state, belief = filter_state(agent.world_model, observation, action, state, belief, noise)
     return most_likely_action(*agent.actor(state, belief), noise["action"]), state, belief
 
-
-# -------------------------------------------------------------------------------------------------
-# Algorithm 1
-
-
+# --- Algorithm 1 ---------------------------------------------------------------------------------
 def updates_due(step, collector, hp):
     """Updates that belong to `step` environment steps: none before the seed episodes are there,
     `pretrain` with them, and `train_ratio` for each step that follows."""
@@ -317,18 +279,19 @@ def updates_due(step, collector, hp):
         return 0
     return hp.pretrain + int(round((step - collector.random_steps) * hp.train_ratio, 6))
 
-
 def train(cfg):
     """Algorithm 1; returns the trained agent."""
     collect = functools.partial(collection_policy, scale=cfg.collector.exploration_noise)
     run = utils.Run(cfg, collect, evaluation_policy)
     hp, agent, replay, logger = cfg.optimization, run.agent, run.replay, run.logger
     losses_of = utils.accelerate(compute_losses, run.device, run.autocast)
-    step = updates = 0
+    interaction, step, updates = iter(run.collector), 0, 0
 
-    for transitions in logger.timed("collect", run.collector):
+    while step < cfg.collector.total_steps:
         # Environment interaction; the S seed episodes take random actions.
-        episodes = replay.extend(transitions)
+        with logger.clock("collect"):
+            transitions = next(interaction)
+            episodes = replay.extend(transitions)
         before, step = step, step + transitions.numel() * cfg.env.action_repeat
 
         # Dynamics learning and behaviour learning, C update steps.
@@ -336,16 +299,14 @@ def train(cfg):
             while updates < updates_due(step, cfg.collector, hp):
                 batch = replay.sample()
                 noise = draw_noise(*batch.shape, hp, agent.world_model)
-                logger.add(update(losses_of, agent, run.optimizers, batch, noise, hp))
+                metrics = update(losses_of, agent, run.optimizers, batch, noise, hp)
+                logger.updates.append(metrics)
                 updates += 1
 
         # Nothing below this line changes what is learned.
         logger.report(step, before, updates, episodes, run.evaluation)
-        if step >= cfg.collector.total_steps:
-            break
     run.close()
     return agent
-
 
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(cfg):
@@ -354,7 +315,6 @@ def main(cfg):
         train(utils.load_config(cfg))
     except utils.UserError as error:
         raise SystemExit(f"error: {error}") from None
-
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,5 @@
 """What the paper puts in its appendix: configuration, environments, networks, optimisation,
-replay, evaluation, logging. Each part is TorchRL's own, set by its knobs; what is here builds one part or
-does one chore."""
+replay, evaluation, logging. Each part is TorchRL's own, set by its own knobs."""
 
 import contextlib
 import ctypes
@@ -19,6 +18,7 @@ from unittest import mock
 import dm_env
 import numpy as np
 import torch
+import wandb
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,29 +27,23 @@ from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
 from tqdm import tqdm
 
-with mock.patch.dict(os.environ, MUJOCO_GL="disabled"):  # else TorchRL loads OpenGL by way of mujoco
-    from torchrl import envs
+with mock.patch.dict(os.environ, MUJOCO_GL="disabled"):  # else TorchRL loads OpenGL with mujoco
+    from torchrl import envs, modules
     from torchrl.collectors import Collector
     from torchrl.data import LazyMemmapStorage, ReplayBuffer, SliceSampler, Unbounded
-    from torchrl.modules import MLP, DreamerActor, ObsDecoder, ObsEncoder
-    from torchrl.modules import RSSMPosterior, RSSMPrior
     from torchrl.record.loggers.wandb import WandbLogger
 
 IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's convolutions take
 
 # --- Configuration -------------------------------------------------------------------------------
-
-
 class UserError(Exception):
     """A mistake that one sentence explains and the user can mend; shown without a traceback."""
-
 
 def schema(name, values):
     """The dataclass that has the keys and the types of `values`; Hydra checks both against it."""
     fields = [(key, schema(key, value) if isinstance(value, dict) else type(value))
               for key, value in values.items() if key not in ("defaults", "hydra")]
     return make_dataclass(name, fields)
-
 
 DEFAULTS = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("config.yaml")))
 ConfigStore.instance().store("schema", schema("Config", DEFAULTS))
@@ -65,7 +59,6 @@ LOWEST = {"env.camera": -1, "replay_buffer.batch_length": 2, "optimization.horiz
         "optimization.train_ratio", "optimization.kl_scale", "optimization.free_nats",
         "optimization.gamma", "optimization.lambda_", "optimization.discount_scale")}
 
-
 def load_config(cfg):
     """Turns Hydra's config into a dataclass; `UserError` names the first thing that is wrong."""
     try:
@@ -80,7 +73,6 @@ def load_config(cfg):
     check_combinations(config)
     return config
 
-
 def check_value(key, value):
     """Raises `UserError` if `value` is outside the choices or the range of its key."""
     if value not in CHOICES.get(key, (value,)):
@@ -90,7 +82,6 @@ def check_value(key, value):
         if not (value > 0 if low is None else low <= value) or not value <= high:
             words = "above 0" if low is None else f"of at least {low}"
             raise UserError(f"{key}={value}: give a number {words}, at most {high:g}")
-
 
 def check_combinations(config):
     """Raises `UserError` where single values are fine but do not go together."""
@@ -103,42 +94,32 @@ def check_combinations(config):
          f" replay_buffer.batch_length={replay.batch_length}"),
         (env.time_limit % env.action_repeat == 0,
          f"env.time_limit={env.time_limit} is no multiple of action_repeat={env.action_repeat}"),
-        (replay.batch_length <= rows,
-         f"replay_buffer.batch_length={replay.batch_length} is longer than an episode, which has"
-         f" {rows} rows: lower it, or raise env.time_limit"),
-        (collector.random_steps >= episodes,
-         f"collector.random_steps={collector.random_steps} does not fill an episode of every"
-         f" environment: raise it to {episodes}"),
-        (collector.total_steps >= collector.random_steps,
-         f"collector.total_steps={collector.total_steps} ends before training starts: raise it"
-         f" above collector.random_steps={collector.random_steps}"),
-        (replay.capacity >= collector.random_steps,
-         f"replay_buffer.capacity={replay.capacity} cannot hold the {collector.random_steps}"
-         " steps of collector.random_steps: raise it"),
+        (replay.batch_length <= rows, "replay_buffer.batch_length is longer than an episode, which"
+         f" has {rows} rows: lower it, or raise env.time_limit"),
+        (collector.random_steps >= episodes, "collector.random_steps does not fill an episode of"
+         f" every environment: raise it to {episodes}"),
+        (collector.total_steps >= collector.random_steps, "collector.total_steps ends before"
+         f" training starts: raise it above random_steps={collector.random_steps}"),
+        (replay.capacity >= collector.random_steps, "replay_buffer.capacity cannot hold the"
+         f" {collector.random_steps} steps of collector.random_steps: raise it"),
         (env.from_pixels or not config.logger.video,
          "logger.video=true needs env.from_pixels=true: a state vector makes no film"),
-        (env.backend == "gymnasium" or env.task,
-         f"env.task is empty: name a task of the domain {env.name}"),
     ]
     for fine, sentence in rules:
         if not fine:
             raise UserError(sentence)
 
-
 # --- Environments --------------------------------------------------------------------------------
-
 GL_PROBE = (
     "import mujoco; c = mujoco.GLContext(8, 8); c.make_current();"
     "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), 100); c.free()"
 )
 
-
 def select_gl():
-    """Sets MUJOCO_GL to the first backend that really renders, before dm_control is imported.
+    """Sets MUJOCO_GL to the first backend that really renders; call before importing dm_control.
 
     The user's own MUJOCO_GL is checked, never replaced. The probe is a process of its own (about a
-    second), because one failed import of an OpenGL library spoils it for the whole process.
-    Raises `UserError` if nothing renders.
+    second): one failed import of an OpenGL library spoils a process. Raises `UserError`.
     """
     wanted, failures = os.environ.get("MUJOCO_GL"), {}
     if not wanted and sys.platform != "linux":
@@ -158,9 +139,7 @@ def select_gl():
     raise UserError("MuJoCo cannot render here: `apt-get install -y --no-install-recommends"
                     f" libegl1 libgl1`, or use env.from_pixels=false (tried {failures})")
 
-
 EVALUATION = 1_000_000  # as the index of a copy of the environment: the one that evaluates
-
 
 class EpisodeSeeds:
     """The seeds of the episodes of one copy of the environment: no reset depends on the past."""
@@ -173,21 +152,16 @@ class EpisodeSeeds:
         sequence = np.random.SeedSequence((self.seed, self.copy, self.episode))
         return int(sequence.generate_state(1)[0])
 
-
 class SuiteEpisodes:
-    """A Control Suite task with action repeat, own seeds, and one render per agent step.
-
-    Rewards of the repeated steps are summed and only the last is rendered: the pixels of the plain
-    way in half the time. The camera is kept and the off-screen buffer has the image's size, which
-    saves a quarter of a render. `camera=None` gives the flat state.
-    """
+    """A Control Suite task with action repeat, own seeds, and one render per agent step: the plain
+    way's pixels in half the time. Keeping the camera and an off-screen buffer of the image's size
+    saves a quarter of a render. `camera=None` gives the flat state."""
 
     def __init__(self, env, seeds, action_repeat, camera=None):
         self._env, self._seeds, self._repeat, self._camera = env, seeds, action_repeat, None
         self._spec = env.observation_spec().get("observations")
         if camera is not None:
             from dm_control.mujoco.engine import Camera
-
             self._spec, size = dm_env.specs.Array(IMAGE, np.uint8), env.physics.model.vis.global_
             size.offheight, size.offwidth = IMAGE[:2]
             self._camera = Camera(env.physics, *IMAGE[:2], camera)
@@ -216,21 +190,16 @@ class SuiteEpisodes:
     def __getattr__(self, name):
         return getattr(self._env, name)
 
-
 def suite_env(cfg, seeds):
     """A Control Suite task as a TorchRL environment; `UserError` names those that exist."""
     from dm_control import suite
     from dm_control.suite.wrappers import pixels
-
-    domains = {}
-    for domain, task in suite.ALL_TASKS:
-        domains.setdefault(domain, []).append(task)
+    domains = suite.TASKS_BY_DOMAIN
     if cfg.name not in domains:
         raise UserError(f"env.name={cfg.name}: choose one of {', '.join(sorted(domains))}")
     if cfg.task not in domains[cfg.name]:
         raise UserError(f"env.task={cfg.task}: {cfg.name} has {', '.join(domains[cfg.name])}")
-    flat = {"flat_observation": not cfg.from_pixels}
-    env = suite.load(cfg.name, cfg.task, environment_kwargs=flat)
+    env = suite.load(cfg.name, cfg.task, None, {"flat_observation": not cfg.from_pixels})
     camera = cfg.camera if cfg.camera >= 0 else 2 if cfg.name == "quadruped" else 0
     if cfg.from_pixels and camera >= env.physics.model.ncam:
         raise UserError(f"env.camera={camera}: {cfg.name} has {env.physics.model.ncam} cameras")
@@ -238,12 +207,10 @@ def suite_env(cfg, seeds):
     pixels.Wrapper.register(SuiteEpisodes)  # the one wrapper that TorchRL takes around a task
     return envs.DMControlWrapper(env)
 
-
 def gymnasium_env(cfg, seeds):
     """A Gymnasium task with continuous actions, under the same protocol as the suite's tasks."""
     import gymnasium
     from gymnasium.spaces import Box
-
     class Episodes(gymnasium.Wrapper):
         """Action repeat, own seeds, and 64 x 64 images by area averaging if asked for."""
 
@@ -254,11 +221,11 @@ def gymnasium_env(cfg, seeds):
         def step(self, action):
             total = 0.0
             for _ in range(cfg.action_repeat):
-                observation, reward, terminated, truncated, info = self.env.step(action)
+                observation, reward, *ends, info = self.env.step(action)
                 total += float(reward)
-                if terminated or truncated:
+                if any(ends):
                     break
-            return self.show(observation), total, terminated, truncated, info
+            return self.show(observation), total, *ends, info
 
         def show(self, observation):
             if not cfg.from_pixels:
@@ -273,51 +240,43 @@ def gymnasium_env(cfg, seeds):
     except Exception as error:  # unknown id, missing package: each backend raises its own kind
         reason = " ".join(str(error).split())
         raise UserError(f"env.name={cfg.name} cannot be made by gymnasium: {reason}") from None
-    if not isinstance(env.action_space, Box):
-        raise UserError(f"env.name={cfg.name} has discrete actions, which are out of scope: choose"
-                        " a task with continuous (Box) actions")
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        raise UserError(f"env.name={cfg.name} has unbounded actions: rescale them to [-1, 1]")
+    if not isinstance(env.action_space, Box) or not env.action_space.is_bounded():
+        raise UserError(f"env.name={cfg.name} has discrete or unbounded actions, which are out of"
+                        " scope: choose a task with bounded continuous (Box) actions")
     if cfg.from_pixels:
         env.observation_space = Box(0, 255, IMAGE, np.uint8)
     elif not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         raise UserError(f"env.name={cfg.name} has no flat state vector: use env.from_pixels=true")
-    if not cfg.from_pixels:
-        return envs.GymWrapper(env)
-    rename = envs.RenameTransform(["pixels"], ["observation"])  # TorchRL's name for an image
-    return envs.TransformedEnv(envs.GymWrapper(env), rename)
-
+    return envs.GymWrapper(env)
 
 def single_env(cfg, seeds):
     """One copy of the environment: actions in [-1, 1], float32, a truncation at the time limit."""
     env = (suite_env if cfg.backend == "dm_control" else gymnasium_env)(cfg, seeds)
     limit = envs.StepCounter(cfg.time_limit // cfg.action_repeat)
     parts = envs.ActionScaling(), envs.DoubleToFloat(), limit
+    if "pixels" in env.observation_spec.keys():  # TorchRL's name for an image of Gymnasium
+        parts += (envs.RenameTransform(["pixels"], ["observation"]),)
     return envs.TransformedEnv(env, envs.Compose(*parts))
-
 
 def make_env(cfg, seeds, networks):
     """A copy of the environment for each of `seeds` (each in its own process if several), with the
     agent's memory, 0 after a reset: `state` [S], `belief` [D] and the executed action [A]."""
     make = [functools.partial(single_env, cfg, each) for each in seeds]
-    env = envs.ParallelEnv(len(make), make) if len(make) > 1 else make[0]()
+    several = len(make) > 1
+    env = envs.TransformedEnv(envs.ParallelEnv(len(make), make)) if several else make[0]()
     sizes = {"state": networks.state_dim, "belief": networks.belief_dim,
              "previous_action": env.action_spec.shape[-1]}
     memory = {name: Unbounded(size) for name, size in sizes.items()}
-    return envs.TransformedEnv(env, envs.TensorDictPrimer(memory, expand_specs=True))
-
+    return env.append_transform(envs.TensorDictPrimer(memory, expand_specs=True))
 
 # --- Networks (App. A) ---------------------------------------------------------------------------
-
-
 class FullPrecision(nn.Module):
     """Ends a network: whatever autocast does inside, what comes out has at least float32."""
 
     def forward(self, x):
         return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
-
-class TransitionModel(RSSMPrior):
+class TransitionModel(modules.RSSMPrior):
     """TorchRL's RSSM prior; its belief is never rounded below float32, and may be float64."""
 
     def forward(self, state, belief, action, noise):
@@ -330,8 +289,7 @@ class TransitionModel(RSSMPrior):
         mean, std = self.rnn_to_prior_projector(belief)
         return mean, std, mean + std * noise, belief
 
-
-class Actor(DreamerActor):
+class Actor(modules.DreamerActor):
     """TorchRL's actor; gives mean (bounded) and std of the Gaussian under the tanh, [..., A]."""
 
     def __init__(self, action_dim, cfg):
@@ -345,7 +303,6 @@ class Actor(DreamerActor):
         mean, std = super().forward(state, belief)
         return self.mean_scale * torch.tanh(mean / self.mean_scale), std
 
-
 class WorldModel(nn.Module):
     """theta: encoder, RSSM (prior, posterior), decoder, reward head, discount head if wanted."""
 
@@ -356,8 +313,8 @@ class WorldModel(nn.Module):
         self.pixels = len(observation_shape) == 3
         if self.pixels:
             embedding = cfg.channels * 8 * 2 * 2
-            self.encoder = ObsEncoder(cfg.channels, in_channels=observation_shape[-1])
-            self.decoder = ObsDecoder(cfg.channels, latent_dim=features)
+            self.encoder = modules.ObsEncoder(cfg.channels, in_channels=observation_shape[-1])
+            self.decoder = modules.ObsDecoder(cfg.channels, latent_dim=features)
             self.decoder.state_to_latent[1] = nn.Identity()  # officially no activation here
             self.decoder.decoder.append(FullPrecision())
         else:
@@ -365,7 +322,7 @@ class WorldModel(nn.Module):
             self.encoder = head(observation_shape[0], embedding, 2, cfg.hidden_dim)
             self.decoder = head(features, observation_shape[0], 3, cfg.hidden_dim)
         self.prior = TransitionModel(torch.zeros(action_dim), D, D, S, action_dim=action_dim)
-        self.posterior = RSSMPosterior(D, S, rnn_hidden_dim=D, obs_embed_dim=embedding)
+        self.posterior = modules.RSSMPosterior(D, S, rnn_hidden_dim=D, obs_embed_dim=embedding)
         # softplus(raw) + min_std; TorchRL's max(softplus(raw), min_std) has no gradient below.
         mapping = f"biased_softplus_{math.log(2) + cfg.min_std}_{cfg.min_std}"
         for net in self.prior.rnn_to_prior_projector, self.posterior.obs_rnn_to_post_projector:
@@ -374,8 +331,8 @@ class WorldModel(nn.Module):
         self.discount = head(features, 1, 3, cfg.hidden_dim) if predict_discount else None
 
     def preprocess(self, observation):
-        """Network input and reconstruction target: uint8 [..., 64, 64, 3] -> [..., 3, 64, 64] in
-        [-0.5, 0.5], or the state vector as it is; in the precision of the parameters."""
+        """Network input and target: uint8 [..., 64, 64, 3] -> [..., 3, 64, 64] in +-0.5, or the
+        state vector as it is; in the precision of the parameters."""
         dtype = self.prior.rnn.weight_ih.dtype
         if not self.pixels:
             return observation.to(dtype)
@@ -386,12 +343,10 @@ class WorldModel(nn.Module):
         like = self.prior.rnn.weight_ih
         return like.new_zeros(n, self.sizes["state"]), like.new_zeros(n, self.sizes["belief"])
 
-
 def head(inputs, outputs, depth, units):
     """A dense network with `depth` hidden ELU layers; several inputs are concatenated."""
-    net = MLP(inputs, outputs, depth=depth, num_cells=units, activation_class=nn.ELU)
+    net = modules.MLP(inputs, outputs, depth=depth, num_cells=units, activation_class=nn.ELU)
     return net.append(FullPrecision())
-
 
 class Agent(nn.Module):
     """theta (`world_model`), phi (`actor`) and psi (`value`), with the official initialisation."""
@@ -405,7 +360,6 @@ class Agent(nn.Module):
         self.value = head(net.state_dim + net.belief_dim, 1, 3, net.hidden_dim)
         self.apply(initialise)
 
-
 def initialise(module):
     """Glorot-uniform kernels, orthogonal recurrent matrix, zero biases: the official defaults."""
     for name, parameter in module.named_parameters(recurse=False):
@@ -416,10 +370,7 @@ def initialise(module):
         else:
             nn.init.xavier_uniform_(parameter)
 
-
 # --- Optimisation, device and precision ----------------------------------------------------------
-
-
 class Optimizer:
     """Adam with a global-norm clip, as two verbs: `differentiate(loss)`, `step() -> grad_norm`."""
 
@@ -445,32 +396,25 @@ class Optimizer:
         self.scaler.update()
         return norm
 
-
 def build_optimizers(cfg, agent, dtype=None):
     """One optimiser for each of theta, phi and psi; dtype float16 brings loss scaling."""
     rates = {"world_model": cfg.world_model_lr, "actor": cfg.actor_lr, "value": cfg.value_lr}
-    common = cfg.adam_eps, cfg.grad_clip, dtype == torch.float16
-    return {name: Optimizer(getattr(agent, name).parameters(), lr, *common)
-            for name, lr in rates.items()}
-
+    rest = cfg.adam_eps, cfg.grad_clip, dtype == torch.float16
+    return {k: Optimizer(getattr(agent, k).parameters(), lr, *rest) for k, lr in rates.items()}
 
 def resolve_device(name):
     """`auto` is CUDA if it is there, else the CPU; `UserError` if the named device is missing."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} is not to be had ({reason}): use device=auto") from None
-
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}; use device=auto") from None
 
 def resolve_autocast(name, device):
-    """`optimization.autocast` as a dtype, or None for float32. `auto` is bfloat16 where the device
-    computes in it natively.
+    """`optimization.autocast` as a dtype, or None for float32; `auto` is bfloat16 if it is native.
 
-    Some pairs of GPU and driver fail in bfloat16 (`CUBLAS_STATUS_INVALID_VALUE`), so a small layer
-    and a GRU run first; if they fail, float16 is next, then float32, with one line that says so.
+    Some GPU and driver pairs fail in bfloat16 (`CUBLAS_STATUS_INVALID_VALUE`): a small layer and a
+    GRU run first, and if they fail, float16 is next, then float32, with one line that says so.
     """
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
               torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -490,21 +434,14 @@ def resolve_autocast(name, device):
         print(f"autocast: {dtype} fails on this {device.type} ({reason}); trying the next one")
     return None
 
-
 def tune_process(device):
-    """Process-wide switches for speed; they change no algorithm.
-
-    CPU: freed memory is kept, since a fresh page costs more than the arithmetic on it (half of an
-    update; keeps 2 to 4 GB), and float32 matrix products go through oneDNN, which on some
-    processors is twice as fast as the default. CUDA: TF32 for what stays in float32.
-    """
+    """Process-wide switches for speed. CPU: freed memory is kept (a fresh page costs more than the
+    arithmetic on it; 2 to 4 GB stay resident), float32 products go through oneDNN. CUDA: TF32."""
     torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if device.type == "cpu" and hasattr(libc, "mallopt"):  # glibc only
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
-
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 def accelerate(function, device, dtype):
     """The same function under autocast: the only place that knows about precision."""
@@ -516,44 +453,34 @@ def accelerate(function, device, dtype):
 
     return accelerated
 
-
 # --- Acting and replay ---------------------------------------------------------------------------
-
-
 class Policy(TensorDictModuleBase):
     """A TorchRL policy from a rule (agent, observation, previous action, state, belief, noise) ->
-    (action, state, belief), all [n, ...]. The memory travels with the environment.
-
-    `samples`: the K actions that the rule chooses from; `random_steps`: agent steps, over all
-    copies, for which a uniform random action takes the place of the rule's.
-    """
+    (action, state, belief), all [n, ...]; the memory travels with the environment. `samples`: (K,)
+    if the rule chooses from K actions. The first `random_steps` agent steps act at random."""
 
     in_keys = ["observation", "previous_action", "state", "belief"]
     out_keys = ["action", ("next", "previous_action"), ("next", "state"), ("next", "belief")]
 
-    def __init__(self, agent, rule, samples=None, random_steps=0):
+    def __init__(self, agent, rule, samples=(), random_steps=0):
         super().__init__()
-        self.agent, self.rule, self.random_steps = agent, rule, random_steps
-        self.samples = () if samples is None else (samples,)
+        self.agent, self.rule, self.samples, self.random_steps = agent, rule, samples, random_steps
 
     @torch.no_grad()
     def forward(self, tensordict):
         lead, size = tensordict.batch_size, self.agent.world_model.sizes
-        device = self.agent.world_model.prior.rnn.weight_ih.device
+        device, n = self.agent.world_model.prior.rnn.weight_ih.device, lead.numel()
         inputs = [tensordict[key].to(device) for key in self.in_keys]
         inputs = inputs if lead else [value[None] for value in inputs]
-        n, S, A = len(inputs[0]), size["state"], size["action"]
-        shapes = {"prior": (n, S), "posterior": (n, S), "action": (*self.samples, n, A),
-                  "exploration": (n, A)}
+        shapes = {"prior": (n, size["state"]), "posterior": (n, size["state"]),
+                  "action": (*self.samples, n, size["action"]), "exploration": (n, size["action"])}
         noise = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
         action, state, belief = self.rule(self.agent, *inputs, noise)
         if self.random_steps > 0:
-            action = torch.empty_like(action).uniform_(-1, 1)
-            self.random_steps -= n
+            action, self.random_steps = torch.rand_like(action) * 2 - 1, self.random_steps - n
         for key, value in zip(self.out_keys, (action, action, state, belief)):
             tensordict.set(key, value.reshape(*lead, -1).cpu())
         return tensordict
-
 
 def replay_rows(cfg, observation_shape, action_dim, directory):
     """Rows that the replay holds; prints bytes needed and free, `UserError` if they cannot fit."""
@@ -568,33 +495,26 @@ def replay_rows(cfg, observation_shape, action_dim, directory):
                         " lower replay_buffer.capacity, or choose another run_dir")
     return rows
 
-
 class Replay:
-    """Finished episodes as rows on disk, sampled in sequences that never cross an episode.
-
-    A row is (action that led here, observation, reward that came with it, true end); the time
-    grid in dreamer.py shows them. Observations are stored once.
-    """
+    """Finished episodes as rows on disk (see the time grid in dreamer.py), observations once;
+    sampled in sequences that never cross an episode."""
 
     def __init__(self, cfg, rows, directory, action_repeat, device):
         self.length, self.device, self.repeat = cfg.batch_length, device, action_repeat
         self.episodes, self.longest, self.pending = 0, 0, {}
-        sampler = SliceSampler(slice_len=self.length, traj_key="episode", truncated_key=None,
-                               strict_length=True)
-        storage = LazyMemmapStorage(rows, scratch_dir=directory)
-        self.buffer = ReplayBuffer(storage=storage, sampler=sampler, batch_size=cfg.batch_size)
+        self.buffer = ReplayBuffer(
+            storage=LazyMemmapStorage(rows, scratch_dir=directory), batch_size=cfg.batch_size,
+            sampler=SliceSampler(slice_len=self.length, traj_key="episode", truncated_key=None,
+                                 strict_length=True))
 
     def extend(self, transitions):
-        """Adds transitions [T] or [copies, T]; returns (return, length in environment steps) of
-        each episode that they end."""
+        """Adds transitions [T] or [copies, T]; returns (return, length) of episodes they end."""
         finished = []
         for copy, part in enumerate(transitions.reshape(-1, transitions.shape[-1])):
             ends = part["next", "done"].flatten().nonzero().flatten() + 1
             for piece in part.tensor_split(ends.tolist()):
-                if len(piece) == 0:
-                    continue
                 self.pending.setdefault(copy, []).append(piece.clone())
-                if piece["next", "done"][-1]:
+                if piece["next", "done"].any():
                     finished.append(self.add_episode(torch.cat(self.pending.pop(copy))))
         return finished
 
@@ -621,10 +541,7 @@ class Replay:
         batch = self.buffer.sample().reshape(-1, self.length)
         return batch.exclude("episode", "index").to(self.device)
 
-
 # --- Evaluation and logging: nothing here changes what is learned --------------------------------
-
-
 class Evaluation:
     """Plays episodes with the evaluation policy, in an environment and with noise of its own."""
 
@@ -633,43 +550,35 @@ class Evaluation:
         self.env = make_env(cfg.env, [self.seeds], cfg.networks)
 
     def __call__(self, step):
-        """Metrics, and the observations [T+1, ...] of the first episode; the same step plays the
-        same episodes."""
-        limit = self.cfg.env.time_limit // self.cfg.env.action_repeat
-        threads = torch.get_num_threads()
+        """Metrics, and observations [T+1, ...] of the first episode; a step has its episodes."""
+        repeat, threads = self.cfg.env.action_repeat, torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.random.fork_rng():
             self.seeds.episode = step
             torch.manual_seed(next(self.seeds))
-            episodes = [self.env.rollout(limit, self.policy)
+            episodes = [self.env.rollout(self.cfg.env.time_limit // repeat, self.policy)
                         for _ in range(self.cfg.evaluation.episodes)]
         torch.set_num_threads(threads)
-        returns = [float(episode["next", "reward"].double().sum()) for episode in episodes]
-        lengths = [len(episode) * self.cfg.env.action_repeat for episode in episodes]
-        metrics = {"eval/return": np.mean(returns), "eval/return_std": np.std(returns),
-                   "eval/length": np.mean(lengths)}
-        first, after = episodes[0]["observation"][:1], episodes[0]["next", "observation"]
-        return {name: float(value) for name, value in metrics.items()}, torch.cat([first, after])
-
-
-def crosses(before, after, every):
-    """Whether a multiple of `every` lies in (before, after]."""
-    return before // every != after // every
-
+        returns = [episode["next", "reward"].double().sum().item() for episode in episodes]
+        length = sum(len(episode) for episode in episodes) * repeat / len(episodes)
+        metrics = {"eval/return": sum(returns) / len(returns), "eval/length": length,
+                   "eval/return_std": float(np.std(returns))}
+        first = episodes[0]["observation"][:1], episodes[0]["next", "observation"]
+        return metrics, torch.cat(first)
 
 class Logger:
     """One row of metrics at a time, to metrics.jsonl and wandb, and a progress bar."""
 
     def __init__(self, cfg, directory, device):
         self.cfg, self.directory, self.hint = cfg, directory, device.type == "cpu"
-        self.updates, self.episodes, self.seconds, self.evaluations, self.last_row = [], [], {}, 0, 0
-        self.rows, self.wandb = (directory / "metrics.jsonl").open("a", buffering=1), None
+        self.updates, self.episodes, self.seconds = [], [], {}  # since the last row
+        self.last_row, self.evaluations, self.wandb = 0, 0, None
+        self.rows = (directory / "metrics.jsonl").open("a", buffering=1)
         if cfg.logger.mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")
             self.wandb = WandbLogger(
                 cfg.name, offline=cfg.logger.mode != "online", save_dir=str(directory),
-                project=cfg.logger.project, log_env_packages=False, config=asdict(cfg),
-            ).experiment
+                project=cfg.logger.project, log_env_packages=False, config=asdict(cfg)).experiment
             self.wandb.define_metric("*", step_metric="environment_steps")
         self.bar = tqdm(total=cfg.collector.total_steps, unit="step", smoothing=0.05,
                         disable=not cfg.logger.progress)
@@ -681,18 +590,6 @@ class Logger:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def timed(self, phase, iterable):
-        """Yields the items of `iterable`; the time that it takes to produce them is `phase`'s."""
-        iterator = iter(iterable)
-        while True:
-            with self.clock(phase):
-                item = next(iterator)
-            yield item
-
-    def add(self, metrics):
-        """Keeps the metrics of one update, on their device, until the next row."""
-        self.updates.append(metrics)
-
     def report(self, step, before, updates, episodes, evaluation):
         """All that is due between the steps `before` and `step`: evaluation, video, one row."""
         cfg, metrics, last = self.cfg, {}, step >= self.cfg.collector.total_steps
@@ -700,7 +597,7 @@ class Logger:
         for total, _ in episodes[-1:]:
             self.bar.set_postfix_str(f"return {total:.1f}, updates {updates}", refresh=False)
         every = cfg.evaluation.every
-        if every and updates and (last or crosses(before, step, every)):
+        if every and updates and (last or before // every != step // every):
             with self.clock("evaluate"):
                 scores, observations = evaluation(step)
             metrics |= scores
@@ -709,7 +606,7 @@ class Logger:
             if cfg.logger.video and self.evaluations % cfg.logger.video_every == 0:
                 self.video(step, observations)
         self.bar.update(step - before)
-        if crosses(before, step, cfg.logger.every) or metrics or last:
+        if metrics or last or before // cfg.logger.every != step // cfg.logger.every:
             self.write(step, updates, metrics)
 
     def write(self, step, updates, metrics):
@@ -741,15 +638,12 @@ class Logger:
     def video(self, step, observations):
         """Saves [T, 64, 64, 3] uint8 as an mp4 in the run directory, and shows it on wandb."""
         from moviepy import ImageSequenceClip
-
         path = self.directory / "videos" / f"evaluation_{step:09d}.mp4"
         path.parent.mkdir(exist_ok=True)
         frames = observations.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
-        clip = ImageSequenceClip(list(frames), fps=40 / self.cfg.env.action_repeat)
-        clip.write_videofile(str(path), codec="libx264", logger=None)
+        film = ImageSequenceClip(list(frames), fps=40 / self.cfg.env.action_repeat)
+        film.write_videofile(str(path), codec="libx264", logger=None)
         if self.wandb:
-            import wandb
-
             self.wandb.log({"environment_steps": step, "eval/video": wandb.Video(str(path))})
 
     def close(self):
@@ -759,18 +653,14 @@ class Logger:
         if self.wandb:
             self.wandb.finish()
 
-
 # --- A run ---------------------------------------------------------------------------------------
-
-
 class Run:
     """Every part of a run, checked and built from the configuration, in the order of cost."""
 
     def __init__(self, cfg, collection_rule, evaluation_rule):
         self.cfg, directory = cfg, Path(cfg.run_dir)
         if (directory / "metrics.jsonl").exists():
-            raise UserError(f"{directory} holds a run already: choose another name=..., or remove"
-                            " that directory")
+            raise UserError(f"{directory} holds a run: choose another name=..., or remove it")
         self.device = resolve_device(cfg.device)
         tune_process(self.device)
         self.autocast = resolve_autocast(cfg.optimization.autocast, self.device)
@@ -787,14 +677,14 @@ class Run:
         self.optimizers = build_optimizers(cfg.optimization, self.agent, self.autocast)
         copies, repeat = cfg.env.n_parallel_envs, cfg.env.action_repeat
         phase = math.ceil(cfg.collector.train_every / (copies * repeat)) * copies
-        policy = Policy(self.agent, collection_rule, None, cfg.collector.random_steps // repeat)
+        policy = Policy(self.agent, collection_rule, (), cfg.collector.random_steps // repeat)
         threads = torch.get_num_threads()  # idle ones spin, which slows a software renderer
         self.collector = Collector(
             env, policy, frames_per_batch=phase, total_frames=-1, trust_policy=True,
             auto_register_policy_transforms=False,
             pre_collect_hook=functools.partial(torch.set_num_threads, 1),
             post_collect_hook=lambda _: torch.set_num_threads(threads))
-        self.evaluation = Evaluation(cfg, Policy(self.agent, evaluation_rule, samples=100))
+        self.evaluation = Evaluation(cfg, Policy(self.agent, evaluation_rule, (100,)))
         directory.mkdir(parents=True, exist_ok=True)
         rows = replay_rows(cfg, shape, action_dim, directory)
         self.replay = Replay(cfg.replay_buffer, rows, directory / "replay", repeat, self.device)

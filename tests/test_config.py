@@ -66,7 +66,7 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         def spy(self, name, group=group):
             frame = sys._getframe(1)
             checks = frame.f_code.co_name in ("load_config", "check_combinations")
-            if frame.f_code.co_filename.endswith(("dreamer.py", "dreamer_utils.py")) and not checks:
+            if frame.f_code.co_filename.startswith(str(ROOT / "dreamer")) and not checks:
                 read.add((group, name))
             return object.__getattribute__(self, name)
 
@@ -106,7 +106,6 @@ def test_every_line_of_the_configuration_has_a_comment():
         ("replay_buffer.capacity=100", "cannot hold"),
         ("optimization.horizon=1", "of at least 2"),
         ("env.from_pixels=false logger.video=true", "makes no film"),
-        ("env.task=''", "env.task is empty"),
     ],
 )
 def test_an_impossible_value_is_one_sentence(overrides, words):
@@ -125,6 +124,7 @@ def test_an_impossible_value_is_one_sentence(overrides, words):
         ("replay_buffer.batch_size=1001", "error: replay_buffer.batch_size=1001"),
         ("env.name=carpole", "error: env.name=carpole: choose one of acrobot"),
         ("env.task=fly", "error: env.task=fly: cheetah has run"),
+        ("env.task=''", "error: env.task=: cheetah has run"),
         ("device=tpu", "error: device=tpu"),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_command_line_answers_without_a_traceback(tmp_path, override, words)
 def test_a_run_is_never_overwritten(tmp_path, reference):
     small(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(utils.UserError, match="holds a run already"):
+    with pytest.raises(utils.UserError, match="holds a run: choose"):
         small(tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 

@@ -18,7 +18,6 @@ from torch.distributions import Normal
 import dreamer
 import dreamer_utils as utils
 
-
 def split(agent, features):
     """Official features [stochastic, deterministic] -> (state, belief)."""
     size = agent.world_model.sizes

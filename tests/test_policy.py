@@ -6,7 +6,6 @@ from golden_weights import OUTPUT, check, config, load_agent
 
 import dreamer
 
-
 def play(data, agent, mode):
     """Yields (step, what the policy made of it); the executed action goes into the next step."""
     model = agent.world_model

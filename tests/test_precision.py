@@ -1,0 +1,83 @@
+"""Precision: autocast on the CPU, the fall-back, and what stays in float32."""
+
+import math
+
+import pytest
+import torch
+from small_runs import SMALL, configure, small
+
+import dreamer
+import dreamer_utils as utils
+
+CPU = torch.device("cpu")
+
+
+def one_update(dtype, *overrides):
+    """Losses and world-model gradients of one update from pixels, under autocast to `dtype`."""
+    torch.manual_seed(0)
+    cfg = configure(*SMALL, *overrides)
+    agent = utils.Agent(cfg, (64, 64, 3), 2)
+    batch = {"observation": torch.randint(0, 255, (2, 4, 64, 64, 3), dtype=torch.uint8),
+             "action": torch.rand(2, 4, 2), "reward": torch.rand(2, 4),
+             "terminated": torch.zeros(2, 4, dtype=torch.bool)}  # fmt: skip
+    noise = dreamer.draw_noise(2, 4, cfg.optimization, agent.world_model)
+    losses_of = utils.accelerate(dreamer.compute_losses, CPU, dtype)
+    losses, metrics = losses_of(agent, batch, noise, cfg.optimization)
+    losses["world_model"].backward()
+    gradients = [p.grad.flatten() for p in agent.world_model.parameters() if p.grad is not None]
+    return losses, metrics, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_reduced_precision_stays_close_and_losses_are_float32(dtype, bound):
+    exact = one_update(None)
+    losses, metrics, gradient = one_update(dtype)
+    assert not torch.equal(gradient, exact[2]), "autocast did nothing"
+    assert (gradient - exact[2]).norm() < bound * exact[2].norm()
+    for name, value in (losses | metrics).items():
+        assert value.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_training_runs_in(tmp_path, name):
+    _, rows = small(tmp_path / "run", f"optimization.autocast={name}")
+    assert rows[-1]["updates"] > 0
+    assert math.isfinite(rows[-1]["world_model/loss"])
+
+
+def test_autocast_names():
+    assert utils.resolve_autocast("false", CPU) is None
+    assert utils.resolve_autocast("true", CPU) == torch.bfloat16
+    assert utils.resolve_autocast("bfloat16", CPU) == torch.bfloat16
+    assert utils.resolve_autocast("float16", CPU) == torch.float16
+    assert utils.resolve_autocast("auto", CPU) in (torch.bfloat16, None)
+
+
+@pytest.mark.parametrize(
+    "broken, expected",
+    [({torch.bfloat16}, torch.float16), ({torch.bfloat16, torch.float16}, None)],
+)
+def test_a_failing_precision_falls_back_with_one_line(monkeypatch, capsys, broken, expected):
+    forward = torch.nn.GRUCell.forward
+
+    def fail(self, *inputs):
+        if torch.get_autocast_dtype("cpu") in broken:
+            raise RuntimeError("CUBLAS_STATUS_INVALID_VALUE")
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(torch.nn.GRUCell, "forward", fail)
+    assert utils.resolve_autocast("bfloat16", CPU) == expected
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(broken) and all("CUBLAS_STATUS_INVALID_VALUE" in line for line in said)
+
+
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = utils.Optimizer([weight], 0.1, 1e-7, 100.0, float16=True)
+    optimizer.differentiate(weight.sum() * float("inf"))
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+    optimizer.differentiate(weight.sum())
+    assert weight.grad[0] > 1000
+    assert abs(optimizer.step() - 3**0.5) < 1e-5
+    assert (weight < 1).all()
