@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,8 @@ with mock.patch.dict(os.environ, MUJOCO_GL="disabled"):  # else TorchRL loads Op
     from torchrl.data import LazyMemmapStorage, ReplayBuffer, SliceSampler, Unbounded
     from torchrl.record.loggers.wandb import WandbLogger
 
+for name in ("absl", "torchrl"):  # both warn of what is meant here
+    logging.getLogger(name).setLevel(logging.ERROR)
 IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's convolutions take
 
 # --- Configuration -------------------------------------------------------------------------------
@@ -563,8 +566,8 @@ class Evaluation:
         length = sum(len(episode) for episode in episodes) * repeat / len(episodes)
         metrics = {"eval/return": sum(returns) / len(returns), "eval/length": length,
                    "eval/return_std": float(np.std(returns))}
-        first = episodes[0]["observation"][:1], episodes[0]["next", "observation"]
-        return metrics, torch.cat(first)
+        one = episodes[0]
+        return metrics, torch.cat([one["observation"][:1], one["next", "observation"]])
 
 class Logger:
     """One row of metrics at a time, to metrics.jsonl and wandb, and a progress bar."""
@@ -596,8 +599,7 @@ class Logger:
         self.episodes += episodes
         for total, _ in episodes[-1:]:
             self.bar.set_postfix_str(f"return {total:.1f}, updates {updates}", refresh=False)
-        every = cfg.evaluation.every
-        if every and updates and (last or before // every != step // every):
+        if (every := cfg.evaluation.every) and updates and (last or before // every != step // every):
             with self.clock("evaluate"):
                 scores, observations = evaluation(step)
             metrics |= scores
@@ -669,13 +671,12 @@ class Run:
         elif "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = "disabled"  # states need no OpenGL, so none is imported
         torch.manual_seed(cfg.seed)
-        seeds = [EpisodeSeeds(cfg.seed, copy) for copy in range(cfg.env.n_parallel_envs)]
-        env = make_env(cfg.env, seeds, cfg.networks)
-        shape = env.observation_spec["observation"].shape[env.ndim :]
-        action_dim = env.action_spec.shape[-1]
-        self.agent = Agent(cfg, shape, action_dim).to(self.device)
-        self.optimizers = build_optimizers(cfg.optimization, self.agent, self.autocast)
         copies, repeat = cfg.env.n_parallel_envs, cfg.env.action_repeat
+        seeds = [EpisodeSeeds(cfg.seed, copy) for copy in range(copies)]
+        env = make_env(cfg.env, seeds, cfg.networks)
+        sizes = env.observation_spec["observation"].shape[env.ndim :], env.action_spec.shape[-1]
+        self.agent = Agent(cfg, *sizes).to(self.device)
+        self.optimizers = build_optimizers(cfg.optimization, self.agent, self.autocast)
         phase = math.ceil(cfg.collector.train_every / (copies * repeat)) * copies
         policy = Policy(self.agent, collection_rule, (), cfg.collector.random_steps // repeat)
         threads = torch.get_num_threads()  # idle ones spin, which slows a software renderer
@@ -686,12 +687,11 @@ class Run:
             post_collect_hook=lambda _: torch.set_num_threads(threads))
         self.evaluation = Evaluation(cfg, Policy(self.agent, evaluation_rule, (100,)))
         directory.mkdir(parents=True, exist_ok=True)
-        rows = replay_rows(cfg, shape, action_dim, directory)
+        rows = replay_rows(cfg, *sizes, directory)
         self.replay = Replay(cfg.replay_buffer, rows, directory / "replay", repeat, self.device)
         OmegaConf.save(OmegaConf.structured(cfg), directory / "config.yaml")
         self.logger = Logger(cfg, directory, self.device)
-        precision = str(self.autocast or torch.float32).removeprefix("torch.")
-        print(f"training on {self.device} in {precision}; everything goes to {directory}")
+        print(f"training on {self.device} in {self.autocast or torch.float32}, run in {directory}")
 
     def close(self):
         """Stops the environments and ends the logs."""
