@@ -30,6 +30,7 @@ the reward that came with it. The row of a reset holds action 0 and reward 0.
 
 import functools
 import math
+import sys
 
 import hydra
 import torch
@@ -308,13 +309,16 @@ def train(cfg):
     run.close()
     return agent
 
-@hydra.main(version_base="1.3", config_path=".", config_name="config")
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
 def main(cfg):
     """Trains with the configuration of the command line; a user's mistake ends in one sentence."""
     try:
         train(utils.load_config(cfg))
     except utils.UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the metrics up to here are in {cfg.run_dir}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 if __name__ == "__main__":
     main()

@@ -48,6 +48,9 @@ def schema(name, values):
               for key, value in values.items() if key not in ("defaults", "hydra")]
     return make_dataclass(name, fields)
 
+# Hydra gets the files by name: told to look in this directory, --help would walk all of .venv.
+for path in Path(__file__).parent.glob("config*.yaml"):
+    ConfigStore.instance().store(path.stem, OmegaConf.load(path))
 DEFAULTS = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("config.yaml")))
 ConfigStore.instance().store("schema", schema("Config", DEFAULTS))
 CHOICES = {
@@ -70,8 +73,7 @@ def load_config(cfg):
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     config.optimization.autocast = config.optimization.autocast.lower()
     for name, part in vars(config).items():
-        values = vars(part).items() if is_dataclass(part) else [("", part)]
-        for key, value in values:
+        for key, value in vars(part).items() if is_dataclass(part) else [("", part)]:
             check_value(f"{name}.{key}".strip("."), value)
     check_combinations(config)
     return config
@@ -125,22 +127,19 @@ def select_gl():
     second): one failed import of an OpenGL library spoils a process. Raises `UserError`.
     """
     wanted, failures = os.environ.get("MUJOCO_GL"), {}
+    os.environ.pop("PYOPENGL_PLATFORM", None)  # follows from MUJOCO_GL
     if not wanted and sys.platform != "linux":
         return
     for backend in (wanted,) if wanted else ("egl", "osmesa"):
-        env = os.environ | {"MUJOCO_GL": backend}
-        env.pop("PYOPENGL_PLATFORM", None)
-        probe = [sys.executable, "-c", GL_PROBE]
+        env, probe = os.environ | {"MUJOCO_GL": backend}, [sys.executable, "-c", GL_PROBE]
         done = subprocess.run(probe, env=env, capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return
         failures[backend] = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    if wanted:
-        raise UserError(f"MUJOCO_GL={wanted} does not render here ({failures[wanted]}): unset it,"
-                        " and a backend that works is chosen")
-    raise UserError("MuJoCo cannot render here: `apt-get install -y --no-install-recommends"
-                    f" libegl1 libgl1`, or use env.from_pixels=false (tried {failures})")
+    which = f"MUJOCO_GL={wanted} does not render: unset it," if wanted else "no OpenGL renders:"
+    raise UserError(f"{which} `apt-get install -y --no-install-recommends libegl1 libgl1`, or use"
+                    f" env.from_pixels=false (tried {failures})")
 
 EVALUATION = 1_000_000  # as the index of a copy of the environment: the one that evaluates
 
@@ -201,7 +200,7 @@ def suite_env(cfg, seeds):
     if cfg.name not in domains:
         raise UserError(f"env.name={cfg.name}: choose one of {', '.join(sorted(domains))}")
     if cfg.task not in domains[cfg.name]:
-        raise UserError(f"env.task={cfg.task}: {cfg.name} has {', '.join(domains[cfg.name])}")
+        raise UserError(f"env.task={cfg.task}: choose one of {', '.join(domains[cfg.name])}")
     env = suite.load(cfg.name, cfg.task, None, {"flat_observation": not cfg.from_pixels})
     camera = cfg.camera if cfg.camera >= 0 else 2 if cfg.name == "quadruped" else 0
     if cfg.from_pixels and camera >= env.physics.model.ncam:
@@ -597,9 +596,10 @@ class Logger:
         """All that is due between the steps `before` and `step`: evaluation, video, one row."""
         cfg, metrics, last = self.cfg, {}, step >= self.cfg.collector.total_steps
         self.episodes += episodes
-        for total, _ in episodes[-1:]:
-            self.bar.set_postfix_str(f"return {total:.1f}, updates {updates}", refresh=False)
-        if (every := cfg.evaluation.every) and updates and (last or before // every != step // every):
+        if episodes:
+            self.bar.set_postfix({"return": episodes[-1][0], "updates": updates}, refresh=False)
+        every = cfg.evaluation.every or step + 1
+        if updates and (before // every != step // every or last and cfg.evaluation.every):
             with self.clock("evaluate"):
                 scores, observations = evaluation(step)
             metrics |= scores
@@ -633,8 +633,8 @@ class Logger:
             self.hint = False  # once is enough
             each = self.cfg.optimization.train_ratio * seconds["update"] / count + 1 / rate
             hours = (self.cfg.collector.total_steps - step) * each / 3600
-            self.bar.write(f"this run will take about {hours:.1f} hours on this CPU; a smaller"
-                           " one: python dreamer.py --config-name config_laptop")
+            self.bar.write(f"about {hours:.1f} hours to go on this CPU" + (hours > 2) * (
+                "; a smaller run: python dreamer.py --config-name config_laptop"))
         self.updates, self.episodes, self.seconds, self.last_row = [], [], {}, step
 
     def video(self, step, observations):
@@ -690,8 +690,8 @@ class Run:
         rows = replay_rows(cfg, *sizes, directory)
         self.replay = Replay(cfg.replay_buffer, rows, directory / "replay", repeat, self.device)
         OmegaConf.save(OmegaConf.structured(cfg), directory / "config.yaml")
-        self.logger = Logger(cfg, directory, self.device)
         print(f"training on {self.device} in {self.autocast or torch.float32}, run in {directory}")
+        self.logger = Logger(cfg, directory, self.device)
 
     def close(self):
         """Stops the environments and ends the logs."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,7 +27,7 @@ def row(name, task):
     """One line of the table: a random episode, then one update on two sequences from it."""
     name = "ball_in_cup" if name == "cup" else name
     flags = [f"env.name={name}", f"env.task={task}", "replay_buffer.batch_size=100"]
-    with initialize_config_dir(str(ROOT), version_base="1.3"):
+    with initialize(config_path=None, version_base="1.3"):
         cfg = utils.load_config(compose("config", overrides=flags))
     env = utils.make_env(cfg.env, [utils.EpisodeSeeds(0, 0)], cfg.networks)
     space = env.base_env.full_action_spec_unbatched["action"].space

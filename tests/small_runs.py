@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize
 
 import dreamer
 import dreamer_utils as utils
@@ -23,7 +23,7 @@ SMALL = [
 
 def configure(*overrides, name="config"):
     """The checked configuration that these command-line overrides give."""
-    with initialize_config_dir(str(ROOT), version_base="1.3"):
+    with initialize(config_path=None, version_base="1.3"):
         return utils.load_config(compose(name, overrides=[*overrides]))
 
 

@@ -102,7 +102,7 @@ def test_states_never_import_opengl(tmp_path):
 
 def test_a_backend_that_does_not_render_is_refused_and_not_replaced(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "vulkan")
-    with pytest.raises(utils.UserError, match="MUJOCO_GL=vulkan does not render here.*unset it"):
+    with pytest.raises(utils.UserError, match="=vulkan does not render.*unset it.*apt-get"):
         utils.select_gl()
     assert os.environ["MUJOCO_GL"] == "vulkan"
 
@@ -110,7 +110,7 @@ def test_a_backend_that_does_not_render_is_refused_and_not_replaced(monkeypatch)
 def test_a_machine_without_opengl_gets_the_line_that_installs_it(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.setattr(utils, "GL_PROBE", "raise SystemExit('no libEGL')")
-    with pytest.raises(utils.UserError, match="apt-get install .* libegl1 libgl1.*no libEGL"):
+    with pytest.raises(utils.UserError, match="no OpenGL renders: `apt-get .*no libEGL"):
         utils.select_gl()
 
 
@@ -133,7 +133,7 @@ def test_gymnasium_from_pixels():
 
 @pytest.mark.parametrize(
     "name, words",
-    [("CartPole-v1", "has discrete or unbounded actions, which are out"), ("Nothing-v0", "made")],
+    [("CartPole-v1", "has discrete or unbounded actions, which"), ("Nothing-v0", "made")],
 )
 def test_gymnasium_tasks_out_of_scope_are_one_sentence(name, words):
     with pytest.raises(utils.UserError, match=words):
