@@ -71,6 +71,10 @@ def log_normal(target, mean, event_dims=0):
     log_prob = -0.5 * (target - mean).square() - 0.5 * math.log(2 * math.pi)
     return log_prob.flatten(-event_dims).sum(-1) if event_dims else log_prob
 
+def normal_entropy(std):
+    """Entropy of a Gaussian with independent dimensions, in nats: [..., S] -> [...]."""
+    return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
 def latent_kl(prior, posterior):
     """Eq. (10), J_D: KL(posterior || prior) in nats, summed over the state: [B, L]."""
     p, q = (Normal(x["mean"], x["std"], validate_args=False) for x in (posterior, prior))
@@ -173,10 +177,9 @@ def dynamics_learning(world_model, batch, noise, hp):
         "world_model/observation_loss": -image_log_prob.mean(),
         "world_model/reward_loss": -reward_log_prob.mean(),
         "world_model/kl": kl.mean(),
-        "world_model/prior_entropy": Normal(prior["mean"], prior["std"]).entropy().sum(-1).mean(),
-        "world_model/posterior_entropy": (
-            Normal(posterior["mean"], posterior["std"]).entropy().sum(-1).mean()),
-    }  # fmt: skip
+        "world_model/prior_entropy": normal_entropy(prior["std"]).mean(),
+        "world_model/posterior_entropy": normal_entropy(posterior["std"]).mean(),
+    }
     if world_model.discount is not None:
         target = hp.gamma * (1 - batch["terminated"].to(kl.dtype))
         logits = world_model.discount(*features).squeeze(-1)

@@ -264,3 +264,9 @@ def test_eq10_log_normal_has_a_half_and_a_constant():
     check(dreamer.log_normal(target, mean), want, 1e-12)
     check(dreamer.log_normal(target, mean, 3), want.sum((-3, -2, -1)), 1e-12)
     check(dreamer.log_normal(torch.ones(()), torch.zeros(())), -0.5 - 0.9189385332046727, 1e-6)
+
+
+def test_entropy_is_that_of_independent_gaussians():
+    std = torch.rand(3, 5) + 0.1
+    normal = torch.distributions.Independent(torch.distributions.Normal(0.0 * std, std), 1)
+    torch.testing.assert_close(dreamer.normal_entropy(std), normal.entropy())
