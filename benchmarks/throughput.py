@@ -287,7 +287,7 @@ def configuration(*overrides):
     import dreamer_utils as utils
 
     quiet = ("logger.mode=disabled", "logger.progress=false")
-    with hydra.initialize_config_dir(str(ROOT), version_base="1.3"):
+    with hydra.initialize(config_path=None, version_base="1.3"):
         return utils.load_config(hydra.compose("config", [*quiet, *overrides]))
 
 
@@ -668,7 +668,7 @@ class Run(utils.Run):
         say("environments, networks, replay")
 
 update, dreamer.update, utils.Run = dreamer.update, first_update, Run
-with hydra.initialize_config_dir(os.getcwd(), version_base="1.3"):
+with hydra.initialize(config_path=None, version_base="1.3"):
     cfg = utils.load_config(hydra.compose("config", sys.argv[1:]))
 dreamer.train(cfg)
 """

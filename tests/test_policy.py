@@ -1,10 +1,14 @@
 """Acting with the official weights: three steps, while collecting and while evaluating."""
 
+import functools
+
 import pytest
 import torch
 from golden_weights import OUTPUT, check, config, load_agent
+from small_runs import SMALL, configure
 
 import dreamer
+import dreamer_utils as utils
 
 def play(data, agent, mode):
     """Yields (step, what the policy made of it); the executed action goes into the next step."""
@@ -62,3 +66,25 @@ def test_policy_treats_every_row_alone(golden, mode):
     alone = zip(*(act(slice(i, i + 1)) for i in range(n)))
     for got, want in zip(act(slice(n)), alone, strict=True):
         check(got, torch.cat(want), 1e-8)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_memory_travels_with_the_environment(tmp_path, copies):
+    flags = [f"run_dir={tmp_path / 'run'}", f"env.n_parallel_envs={copies}",
+             f"collector.random_steps={80 * copies}"]  # fmt: skip
+    cfg = configure(*SMALL, *flags)
+    rule = functools.partial(dreamer.collection_policy, scale=0.3)
+    run = utils.Run(cfg, rule, dreamer.evaluation_policy)
+    batches = iter(run.collector)
+    seen = torch.cat([next(batches).reshape(copies, -1).clone() for _ in range(8)], 1)
+    run.close()
+    first = seen["step_count"].squeeze(-1) == 0
+    assert (first.sum(1) >= 4).all(), "no copy was reset"
+    memory = {"previous_action": "action"}
+    memory |= {name: ("next", name) for name in ("state", "belief")}
+    for now, before in memory.items():
+        assert (seen[now][first] == 0).all(), f"{now} outlives a reset"
+        goes_on = ~first[:, 1:]
+        carried, made = seen[now][:, 1:][goes_on], seen[before][:, :-1][goes_on]
+        assert torch.equal(carried, made), f"{now} is lost on the way"
+        assert (carried != 0).any()
