@@ -42,7 +42,7 @@ def test_every_command_has_a_valid_configuration(arguments):
         at = words.index("--config-name")
         name = words[at + 1]
         words = words[:at] + words[at + 2 :]
-    configure(*words, name=name)
+    assert configure(*words, name=name).run_dir.startswith("runs/")
 
 
 def test_the_training_command_trains(tmp_path):
