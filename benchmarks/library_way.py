@@ -113,9 +113,7 @@ class LibraryWay:
             rollout,
             TensorDictModule(decoder, after, [("next", f"reco_{key}")]),
         )
-        return WorldModelWrapper(
-            transition, TensorDictModule(reward, after, [("next", "reward")])
-        )
+        return WorldModelWrapper(transition, TensorDictModule(reward, after, [("next", "reward")]))
 
     def build_env(self, prior, reward, net, action_spec):
         """The environment that dreams: prior and reward head, with specs given by hand."""
@@ -124,9 +122,7 @@ class LibraryWay:
             TensorDictModule(reward, FEATURES, ["reward"]),
         )
         env = DreamerEnv(model, (net.state_dim,), (net.belief_dim,), device=self.device)
-        latent = Composite(
-            state=Unbounded((net.state_dim,)), belief=Unbounded((net.belief_dim,))
-        )
+        latent = Composite(state=Unbounded((net.state_dim,)), belief=Unbounded((net.belief_dim,)))
         env.observation_spec = latent.to(self.device)
         env.state_spec = latent.clone().to(self.device)
         env.action_spec = action_spec.to(self.device)

@@ -1,9 +1,10 @@
 """How long everything takes, side by side: `python benchmarks/throughput.py [--quick]`.
 
 Sections (`--only floor,update`): what the arithmetic alone costs (`floor`), one update of ours and
-of the library's way (`update`), one step of experience (`collection`), one batch from disk
-(`replay`), and from a fresh process to the first update (`start`), on the CPU or on CUDA. The
-numbers go to `benchmarks/results/throughput.json`, and as tables to the `.md` beside it.
+of the library's way (`update`), ours with one thing switched off (`ablation`), one step of
+experience (`collection`), one batch from disk (`replay`), and from a fresh process to the first
+update (`start`), on the CPU or on CUDA. The numbers go to `benchmarks/results/throughput.json`,
+and as tables to the `.md` beside it.
 
 Every variant is a process of its own, because allocator settings are process-wide, and stays
 alive. Variants take turns, A B C A B C ..., so that a drift of the machine hits all alike; a ratio
@@ -35,7 +36,7 @@ ROOT = HERE.parent
 sys.path[:0] = [path for path in (str(ROOT), str(HERE)) if path not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the processes that are started here
 
-SECTIONS = ("floor", "update", "collection", "replay", "start")
+SECTIONS = ("floor", "update", "ablation", "collection", "replay", "start")
 PHASES = ("dynamics forward", "dynamics backward", "behavior forward", "behavior backward",
           "optimizer")  # fmt: skip
 GFLOP = 880  # of one update from pixels: 50 x 50 frames, 2500 dreams of 15 steps, nothing wasted
@@ -78,7 +79,7 @@ TUNED = ("process",)
 #   way        ours or library
 #   switches   names in `SWITCHES`, the same code for both ways
 #   overrides  of the configuration (ours)
-#   options    keyword arguments of `utils.accelerate` (ours)
+#   without    a function of `WITHOUT`, which undoes one thing that makes an update fast (ours)
 #   compiled   the losses that go through torch.compile (the library's way)
 #   quick      measured with --quick too
 #   peer       the library's way with the same precision and switches
@@ -101,11 +102,92 @@ UPDATES = {
         "way": "ours", "dtype": "float32", "switches": TUNED, "quick": True,
         "peer": "library, float32, tuned",
     },
+    "ours, float32, compiled": {
+        "way": "ours", "dtype": "float32", "switches": TUNED, "peer": "library, float32, tuned",
+        "overrides": ("optimization.compile=true",),
+    },
     "ours, bfloat16": {
         "way": "ours", "dtype": "bfloat16", "switches": TUNED, "quick": True,
         "peer": "library, bfloat16, tuned",
     },
+    "ours, bfloat16, compiled": {
+        "way": "ours", "dtype": "bfloat16", "switches": TUNED, "peer": "library, bfloat16, tuned",
+        "overrides": ("optimization.compile=true",),
+    },
 }  # fmt: skip
+
+
+def everything_differentiated(agent, optimizers):
+    """Every loss is differentiated for all parameters that it depends on."""
+    import torch
+
+    everything = list(agent.parameters())
+    for optimizer in optimizers.values():
+
+        def differentiate(loss, shared=False, self=optimizer):
+            gradients = torch.autograd.grad(
+                self.scaler.scale(loss), everything, retain_graph=True, allow_unused=True
+            )
+            wanted = {id(parameter) for parameter in self.parameters}
+            for parameter, gradient in zip(everything, gradients):
+                if id(parameter) in wanted:
+                    parameter.grad = gradient
+
+        optimizer.differentiate = differentiate
+
+
+def plain_layout(agent, optimizers):
+    """Images and kernels with the channels first."""
+    import torch
+
+    agent.to(memory_format=torch.contiguous_format)
+    plain = agent.world_model.preprocess
+    agent.world_model.preprocess = lambda observation: plain(observation).contiguous()
+
+
+def plain_deconvolutions(agent, optimizers):
+    """PyTorch's transposed convolutions."""
+    import torch
+
+    for layer in agent.world_model.decoder.decoder[::2]:
+        layer.__class__ = torch.nn.ConvTranspose2d
+
+
+def two_value_forwards(agent, optimizers):
+    """As if the losses of actor and critic each computed the values."""
+    import torch
+
+    once = agent.value.forward
+
+    def forward(*inputs):
+        with torch.enable_grad():
+            once(*inputs)
+        return once(*inputs)
+
+    agent.value.forward = forward
+
+
+def plain_adam(agent, optimizers):
+    """Adam that is not fused."""
+    for optimizer in optimizers.values():
+        for group in optimizer.adam.param_groups:
+            group["fused"] = False
+
+
+WITHOUT = {
+    "gradients of the wanted parameters only": everything_differentiated,
+    "channels_last": plain_layout,
+    "own deconvolutions": plain_deconvolutions,
+    "one value forward for both losses": two_value_forwards,
+    "fused Adam": plain_adam,
+}
+BEST = {"way": "ours", "dtype": "bfloat16", "switches": TUNED}
+ABLATIONS = {
+    "everything": BEST,
+    "bfloat16": BEST | {"dtype": "float32"},
+    "kept memory": BEST | {"switches": ("matmul",)},
+    "oneDNN float32": BEST | {"switches": ("allocator",)},
+} | {name: BEST | {"without": name} for name in WITHOUT}
 SIZES = {  # observation, sequences, length; and whether --quick measures it
     "states, 8 x 16": ("states", 8, 16, True),
     "states, 50 x 50": ("states", 50, 50, False),
@@ -405,14 +487,16 @@ def build_ours(variant, cfg, observation, batch, length, device, dtype, clock):
     data = TensorDict(data, (batch, length))
     agent = utils.Agent(cfg, seen.shape[2:], ACTIONS).to(device)
     optimizers = utils.build_optimizers(cfg.optimization, agent, dtype)
+    utils.compile_steps(agent, cfg, device)
+    if "without" in variant:
+        WITHOUT[variant["without"]](agent, optimizers)
     for block, name in (("dynamics_learning", PHASES[0]), ("behavior_learning", PHASES[2])):
         setattr(dreamer, block, clock.after(getattr(dreamer, block), name))
     for part, optimizer in optimizers.items():
         name = PHASES[1] if part == "world_model" else PHASES[3]
         optimizer.differentiate = clock.after(optimizer.differentiate, name)
         optimizer.step = clock.after(optimizer.step, PHASES[4])
-    options = variant.get("options", {})
-    losses_of = utils.accelerate(dreamer.compute_losses, device, dtype, **options)
+    losses_of = utils.accelerate(dreamer.compute_losses, device, dtype)
 
     def update():
         noise = dreamer.draw_noise(batch, length, cfg.optimization, agent.world_model)
@@ -456,9 +540,9 @@ def measure_updates(args, report):
         common = {"size": size, "device": args.device, "threads": args.threads}
         frames = size[1] * size[2]
         keep = sum("switches" in variant for variant in chosen.values())
-        lean = args.device == "cpu" and available_gib() < 3 * (1 + keep) * frames / 2500
+        lean = args.device == "cpu" and available_gib() < 5 * (1 + keep) * frames / 2500
         workers = [Worker(name, build_update, variant=v, **common) for name, v in chosen.items()]
-        answers = interleave(workers, args.rounds, 0.2 if args.quick else 0.5, lean=lean)
+        answers = interleave(workers, args.rounds, 0.2 if args.quick else 1.5, lean=lean)
         rows = {name: summary(values) for name, values in answers.items()}
         for name, row in rows.items():
             others = {"vs_baseline": BASELINE, "vs_peer": UPDATES[name].get("peer")}
@@ -470,6 +554,22 @@ def measure_updates(args, report):
             if rates and size[0] == "pixels":
                 row["floor"] = GFLOP * frames / 2500 / max(rates)
         report["update"][title] = {"lean": lean, "rows": rows}
+
+
+def measure_ablation(args, report):
+    """Ours from pixels at its best, and with each change alone switched off."""
+    title = "pixels, 8 x 16" if args.quick else "pixels, 50 x 50"
+    common = {"size": SIZES[title], "device": args.device, "threads": args.threads}
+    chosen = {k: v for k, v in ABLATIONS.items()
+              if k == "everything" or any(part in k for part in args.variants or [k])}  # fmt: skip
+    workers = [Worker(k, build_update, variant=v, **common) for k, v in chosen.items()]
+    lean = args.device == "cpu" and available_gib() < 5 * len(workers) and not args.quick
+    answers = interleave(workers, args.rounds, 0.2 if args.quick else 0.5, lean=lean)
+    rows = {name: summary(values) for name, values in answers.items()}
+    best = rows.pop("everything")
+    for row in rows.values():
+        row["vs_baseline"] = 1 / times_faster(row, best)
+    report["ablation"] = {"size": title, "rows": {"everything on": best, **rows}}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -533,14 +633,13 @@ def build_collection(device, threads, chunk):
     noise = cfg.collector.exploration_noise
     explore = functools.partial(dreamer.collection_policy, scale=noise)
     run = utils.Run(cfg, explore, dreamer.evaluation_policy)
-    batches = iter(run.collector)
 
     def measure(repeats):
         taken, start = 0, time.perf_counter()
         while taken < repeats:
-            transitions = next(batches)
-            run.replay.extend(transitions)
-            taken += transitions.numel()
+            before = run.step
+            run.collect()
+            taken += (run.step - before) // cfg.env.action_repeat
         return {"seconds": (time.perf_counter() - start) / taken}
 
     measure.folder = folder  # lives as long as the measurement
@@ -575,9 +674,11 @@ def build_replay(device, threads, rows):
 
     set_threads(threads)
     folder, device = tempfile.TemporaryDirectory(), torch.device(device)
-    cfg, steps = configuration().replay_buffer, 500
+    cfg, steps = configuration(), 500
+    _, layout = utils.replay_rows(cfg, (64, 64, 3), ACTIONS)
+    cfg = cfg.replay_buffer
     rows = rows // (steps + 1) * (steps + 1)
-    replay = utils.Replay(cfg, rows, f"{folder.name}/replay", 2, device)
+    replay = utils.Replay(cfg, rows, layout, Path(folder.name) / "replay", 2, device)
     generator = np.random.default_rng(0)
     for _ in range(rows // (steps + 1)):
         seen = torch.from_numpy(generator.integers(0, 256, (steps + 1, 64, 64, 3), np.uint8))
@@ -586,7 +687,7 @@ def build_replay(device, threads, rows):
         action = torch.rand(steps, ACTIONS)
         step = {"observation": seen[:-1], "action": action, "terminated": end, "next": after}
         replay.add_episode(TensorDict(step, [steps]))
-    stored = replay.buffer.storage[:]
+    stored = replay.files
     starts = torch.arange(cfg.batch_length)
     work = torch.randn(1024, 1024, device=device)
 
@@ -615,8 +716,9 @@ def build_replay(device, threads, rows):
 
     def measure(repeats):
         sampled = timed(replay.sample, repeats)
-        waited = timed(replay.sample, max(repeats // 4, 1), between=busy)
-        busy()  # lets a prefetching replay come to rest
+        batches = replay.batches(max(repeats // 4, 1) + 1)
+        next(batches)
+        waited = timed(lambda: next(batches), max(repeats // 4, 1), between=busy)
         return {"seconds": sampled, "gather": timed(gather, repeats), "waited": waited,
                 "gib": rows * sum(v[0].nbytes for v in stored.values()) / 2**30}  # fmt: skip
 
@@ -632,7 +734,7 @@ def measure_replay(args, report):
     answers = interleave([worker], args.rounds, enough=0.2).get("replay", [])
     titles = {"gather": "plain gather from the memory map",
               "seconds": "our replay, one batch after the other",
-              "waited": "our replay, 0.2 s of work before each batch"}  # fmt: skip
+              "waited": "our replay, drawn ahead during 0.2 s of work"}  # fmt: skip
     table = {}
     for key, title in titles.items():
         if answers:
@@ -788,6 +890,10 @@ def markdown(report):
         parts += [table(header, lines)]
     for title, measured in report.get("update", {}).items():
         parts += update_tables(title, measured)
+    if "ablation" in report:
+        parts += [f"## One update, {report['ablation']['size']}, with one thing switched off\n"]
+        rows = report["ablation"]["rows"]
+        parts += [statistics_table(rows, "s", 1, "times the time of everything on")]
     if "collection" in report:
         parts += ["## One agent step: two physics steps and a 64 x 64 image of cheetah run\n"]
         parts += [statistics_table(report["collection"], "ms", 1e3, "times faster than bare")]
@@ -830,7 +936,14 @@ def main():
     about, date = machine(args), datetime.date.today().isoformat()
     report = {"date": date, "quick": args.quick, "machine": about}
     print(json.dumps(about), flush=True)
-    measures = (measure_floor, measure_updates, measure_collection, measure_replay, measure_start)
+    measures = (
+        measure_floor,
+        measure_updates,
+        measure_ablation,
+        measure_collection,
+        measure_replay,
+        measure_start,
+    )
     for section, measure in zip(SECTIONS, measures):
         if section in args.only:
             start = time.perf_counter()

@@ -1,0 +1,188 @@
+"""Speed without a change of meaning: every fast setting against the plain one.
+
+How fast they are is measured in benchmarks/throughput.py.
+"""
+
+import copy
+
+import pytest
+import torch
+from small_runs import SMALL, configure, small
+from tensordict import TensorDict
+from torch import nn
+
+import dreamer
+import dreamer_utils as utils
+
+CPU = torch.device("cpu")
+
+
+def plain(agent):
+    """The same agent with PyTorch's own transposed convolutions and the channels first."""
+    for layer in agent.world_model.decoder.decoder[::2]:
+        layer.__class__ = nn.ConvTranspose2d
+    preprocess = agent.world_model.preprocess
+    agent.world_model.preprocess = lambda observation: preprocess(observation).contiguous()
+    return agent.to(memory_format=torch.contiguous_format)
+
+
+def one_update(kind, dtype=None):
+    """(change of all parameters, gradients) of one update from pixels, as flat vectors.
+
+    `kind`: plain, fast (the default) or compiled.
+    """
+    torch.manual_seed(0)
+    cfg = configure(*SMALL, "networks.channels=4", f"optimization.compile={kind == 'compiled'}")
+    agent = utils.Agent(cfg, (64, 64, 3), 2)
+    batch = {"observation": torch.randint(0, 255, (3, 6, 64, 64, 3), dtype=torch.uint8),
+             "action": torch.rand(3, 6, 2) * 2 - 1, "reward": torch.rand(3, 6),
+             "terminated": torch.zeros(3, 6, dtype=torch.bool)}  # fmt: skip
+    noise = dreamer.draw_noise(3, 6, cfg.optimization, agent.world_model)
+    if kind == "plain":
+        plain(agent)
+    before = copy.deepcopy(agent.state_dict())
+    utils.compile_steps(agent, cfg, CPU)
+    optimizers = utils.build_optimizers(cfg.optimization, agent, dtype)
+    for optimizer in optimizers.values():  # the default scale overflows, and is then lowered
+        optimizer.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=dtype == torch.float16)
+    losses_of = utils.accelerate(dreamer.compute_losses, CPU, dtype)
+    dreamer.update(losses_of, agent, optimizers, batch, noise, cfg.optimization)
+    delta = [(p - before[name]).flatten() for name, p in agent.named_parameters()]
+    return torch.cat(delta).detach(), torch.cat([p.grad.flatten() for p in agent.parameters()])
+
+
+def distance(one, other):
+    """Of two vectors, relative to the other's length."""
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return one_update("plain")
+
+
+@pytest.mark.parametrize("kind", ["fast", "compiled"])
+def test_float32_fast_equals_plain(reference, kind):
+    delta, gradient = one_update(kind)
+    assert distance(gradient, reference[1]) < 1e-5
+    assert distance(delta, reference[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("kind", ["fast", "compiled"])
+def test_reduced_precision_stays_within_its_bound(reference, kind, dtype, bound):
+    gradient = one_update(kind, dtype)[1]
+    assert 0 < distance(gradient, reference[1]) < bound
+
+
+@pytest.mark.parametrize("size, kernel", [(1, 5), (5, 5), (13, 6), (30, 6)])
+def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
+    layer = nn.ConvTranspose2d(6, 4, kernel, stride=2).to(dtype)
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(3, 6, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    inputs = x, layer.weight, layer.bias
+    image = layer(x)
+    upstream = torch.randn_like(image)
+    wanted = torch.autograd.grad(image, inputs, upstream)
+    layer.__class__ = utils.Deconvolution
+    own = layer(x)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(own, image, atol=tolerance, rtol=tolerance)
+    for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted):
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize("discount", [True, False])
+def test_an_update_is_one_graph_of_static_shapes(pixels, discount):
+    """No branch of the losses depends on data, which CUDA graphs need."""
+    cfg = configure(*SMALL, f"optimization.predict_discount={discount}")
+    shape = (64, 64, 3) if pixels else (5,)
+    agent = utils.Agent(cfg, shape, 2)
+    observation = torch.rand(2, 4, *shape)
+    observation = (observation * 255).byte() if pixels else observation
+    batch = {"observation": observation, "action": torch.rand(2, 4, 2),
+             "reward": torch.rand(2, 4), "terminated": torch.rand(2, 4) > 0.5}  # fmt: skip
+    noise = dreamer.draw_noise(2, 4, cfg.optimization, agent.world_model)
+    whole = torch.compile(dreamer.compute_losses, fullgraph=True, backend="aot_eager")
+    wanted, _ = dreamer.compute_losses(agent, batch, noise, cfg.optimization)
+    losses, _ = whole(agent, batch, noise, cfg.optimization)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, wanted[name])
+
+
+def test_training_runs_compiled_and_acts_without_compiling(tmp_path):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    weights, rows = small(tmp_path / "run", "optimization.compile=true", "logger.mode=disabled")
+    assert rows[-1]["updates"] > 0
+    assert counters["stats"]["unique_graphs"] > 0
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 8, "acting was compiled as well"
+
+
+def test_compile_is_chosen_by_device():
+    def compiled(*overrides):
+        cfg = configure(*SMALL, *overrides)
+        agent = utils.Agent(cfg, (5,), 2)
+        utils.compile_steps(agent, cfg, CPU)
+        return agent.actor._compiled_call_impl is not None
+
+    assert not compiled()
+    assert not compiled("optimization.compile=false")
+    assert compiled("optimization.compile=True")
+    assert compiled("optimization.compile=reduce-overhead")
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: none found")
+
+    cfg = configure(*SMALL, "optimization.compile=true")
+    agent = utils.Agent(cfg, (5,), 2)
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    utils.compile_steps(agent, cfg, CPU)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "InvalidCxxCompiler" in said[0]
+    assert agent.actor._compiled_call_impl is None
+
+
+def empty_replay(directory):
+    """A replay for observations and actions of one number."""
+    cfg = configure(*SMALL)
+    _, layout = utils.replay_rows(cfg, (1,), 1)
+    return utils.Replay(cfg.replay_buffer, 200, layout, directory, 1, CPU)
+
+
+def filled_replay(directory):
+    """A replay with one episode whose observation o_t is t."""
+    replay = empty_replay(directory)
+    t = torch.arange(60).float()[:, None]
+    after = {"observation": t + 1, "reward": t, "terminated": t < 0, "done": t == 59}
+    steps = {"observation": t, "action": t, "terminated": t < 0, "next": TensorDict(after, [60])}
+    replay.extend(TensorDict(steps, [60]))
+    return replay
+
+
+def test_batches_drawn_ahead_are_those_drawn_in_turn(tmp_path):
+    one, other = (filled_replay(tmp_path / name) for name in "ab")
+    ahead = [batch["observation"] for batch in one.batches(5)]
+    ahead += [batch["observation"] for batch in one.batches(2)]
+    in_turn = [other.sample()["observation"] for _ in range(7)]
+    assert all(map(torch.equal, ahead, in_turn)) and len(ahead) == 7
+    assert not torch.equal(ahead[0], ahead[1])
+
+
+def test_drawing_ahead_leaves_all_other_randomness_alone(tmp_path):
+    replay = filled_replay(tmp_path / "replay")
+    state = torch.get_rng_state()
+    assert len(list(replay.batches(3))) == 3 and list(replay.batches(0)) == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mistake_found_while_drawing_ahead_is_reported(tmp_path):
+    replay = empty_replay(tmp_path / "replay")
+    with pytest.raises(utils.UserError, match="no episode has"):
+        next(replay.batches(2))
