@@ -2,8 +2,9 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #   "torch==2.13.0", "torchrl==0.14.1", "tensordict==0.14.3", "dm_control==1.0.50",
-#   "mujoco==3.17.0", "gymnasium==1.4.0", "hydra-core==1.3.8", "wandb==0.31.0", "moviepy==2.2.1",
-#   "matplotlib==3.11.2", "tqdm==4.70.1", "pytest==9.2.0", "pytest-timeout==2.4.0",
+#   "mujoco==3.17.0", "gymnasium==1.4.0", "hydra-core==1.3.8", "hydra-submitit-launcher==1.2.0",
+#   "wandb==0.31.0", "moviepy==2.2.1", "matplotlib==3.11.2", "tqdm==4.70.1", "pytest==9.2.0",
+#   "pytest-timeout==2.4.0", "hypothesis==6.170.15",
 # ]
 # [tool.uv]
 # override-dependencies = ["labmaze; python_version < '3.13'"]
@@ -30,7 +31,6 @@ the reward that came with it. The row of a reset holds action 0 and reward 0.
 
 import functools
 import math
-import sys
 
 import hydra
 import torch
@@ -286,41 +286,42 @@ def updates_due(step, collector, hp):
 def train(cfg):
     """Algorithm 1; returns the trained agent."""
     collect = functools.partial(collection_policy, scale=cfg.collector.exploration_noise)
-    run = utils.Run(cfg, collect, evaluation_policy)
-    hp, agent, replay, logger = cfg.optimization, run.agent, run.replay, run.logger
-    losses_of = utils.accelerate(compute_losses, run.device, run.autocast)
-    interaction, step, updates = iter(run.collector), 0, 0
+    with utils.Run(cfg, collect, evaluation_policy) as run:
+        hp, agent, replay, clock = cfg.optimization, run.agent, run.replay, run.logger.clock
+        losses_of = utils.accelerate(compute_losses, run.device, run.autocast)
 
-    while step < cfg.collector.total_steps:
-        # Environment interaction; the S seed episodes take random actions.
-        with logger.clock("collect"):
-            transitions = next(interaction)
-            episodes = replay.extend(transitions)
-        before, step = step, step + transitions.numel() * cfg.env.action_repeat
+        while True:
+            # Dynamics learning and behaviour learning, C update steps.
+            with clock("update"):
+                due = updates_due(run.step, cfg.collector, hp)
+                for batch in replay.batches(due - run.updates):
+                    noise = draw_noise(*batch.shape, hp, agent.world_model)
+                    metrics = update(losses_of, agent, run.optimizers, batch, noise, hp)
+                    run.learned(batch, metrics)
+                    if run.signal:
+                        break
 
-        # Dynamics learning and behaviour learning, C update steps.
-        with logger.clock("update"):
-            while updates < updates_due(step, cfg.collector, hp):
-                batch = replay.sample()
-                noise = draw_noise(*batch.shape, hp, agent.world_model)
-                metrics = update(losses_of, agent, run.optimizers, batch, noise, hp)
-                logger.updates.append(metrics)
-                updates += 1
+            # Nothing between here and the interaction changes what is learned.
+            if not run.signal:
+                run.report()
+            if not run.goes_on():
+                return agent
 
-        # Nothing below this line changes what is learned.
-        logger.report(step, before, updates, episodes, run.evaluation)
-    run.close()
-    return agent
+            # Environment interaction; the S seed episodes take random actions.
+            with clock("collect"):
+                run.collect()
 
 @hydra.main(version_base="1.3", config_path=None, config_name="config")
 def main(cfg):
     """Trains with the configuration of the command line; a user's mistake ends in one sentence."""
     try:
-        train(utils.load_config(cfg))
-    except utils.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        cfg = utils.load_config(cfg)
+        if cfg.doctor:
+            raise SystemExit(0 if utils.doctor(cfg, train) else 1)
+        train(cfg)
+    except (utils.UserError, OSError) as error:
+        raise SystemExit(f"error: {utils.explain(error)}") from None
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the metrics up to here are in {cfg.run_dir}", file=sys.stderr)
         raise SystemExit(130) from None
 
 if __name__ == "__main__":

@@ -3,35 +3,47 @@ replay, evaluation, logging. Each part is TorchRL's own, set by its own knobs.""
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
+import io
 import json
 import logging
 import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, is_dataclass, make_dataclass
+from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
 import dm_env
 import numpy as np
 import torch
-import wandb
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tensordict import TensorDict
+from tensordict import MemoryMappedTensor, TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
 from tqdm import tqdm
 
 with mock.patch.dict(os.environ, MUJOCO_GL="disabled"):  # else TorchRL loads OpenGL with mujoco
+    from torchrl import checkpoint as checkpoints
     from torchrl import envs, modules
     from torchrl.collectors import Collector
-    from torchrl.data import LazyMemmapStorage, ReplayBuffer, SliceSampler, Unbounded
+    from torchrl.data import ReplayBuffer, SliceSampler, TensorStorage, Unbounded
     from torchrl.record.loggers.wandb import WandbLogger
 
 for name in ("absl", "torchrl"):  # both warn of what is meant here
@@ -42,11 +54,27 @@ IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's c
 class UserError(Exception):
     """A mistake that one sentence explains and the user can mend; shown without a traceback."""
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+               errno.ENOTDIR, errno.EIO)  # fmt: skip
+
+def explain(error):
+    """One sentence about an error that the user can mend: a `UserError`, or a disk that is full,
+    read-only, forbidden or failing. Any other is raised again, for it may be ours."""
+    if isinstance(error, UserError):
+        return error
+    if error.errno not in DISK_ERRORS:
+        raise error
+    place = error.filename or "while writing to run_dir"
+    return (f"{error.strerror or error} ({place}): free some space, or choose another run_dir;"
+            " what was saved stays, the same command goes on")
+
 def schema(name, values):
-    """The dataclass that has the keys and the types of `values`; Hydra checks both against it."""
-    fields = [(key, schema(key, value) if isinstance(value, dict) else type(value))
+    """The dataclass that has the keys and the types of `values`; Hydra checks both against it.
+    A name in this module lets a job on a cluster find it."""
+    fields = [(key, schema(f"{name}_{key}", value) if isinstance(value, dict) else type(value))
               for key, value in values.items() if key not in ("defaults", "hydra")]
-    return make_dataclass(name, fields)
+    globals()[name] = made = make_dataclass(name, fields, namespace={"__module__": __name__})
+    return made
 
 # Hydra gets the files by name: told to look in this directory, --help would walk all of .venv.
 for path in Path(__file__).parent.glob("config*.yaml"):
@@ -56,6 +84,7 @@ ConfigStore.instance().store("schema", schema("Config", DEFAULTS))
 CHOICES = {
     "env.backend": ("dm_control", "gymnasium"),
     "optimization.autocast": ("auto", "false", "true", "bfloat16", "float16"),
+    "optimization.compile": ("auto", "false", "true", "reduce-overhead"),
     "logger.mode": ("offline", "online", "disabled", "dryrun"),
 }
 HIGHEST = {"optimization.gamma": 1, "optimization.lambda_": 1}
@@ -71,7 +100,8 @@ def load_config(cfg):
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
-    config.optimization.autocast = config.optimization.autocast.lower()
+    for key in "autocast", "compile":
+        setattr(config.optimization, key, getattr(config.optimization, key).lower())
     for name, part in vars(config).items():
         for key, value in vars(part).items() if is_dataclass(part) else [("", part)]:
             check_value(f"{name}.{key}".strip("."), value)
@@ -114,6 +144,119 @@ def check_combinations(config):
         if not fine:
             raise UserError(sentence)
 
+# --- Checkpoints ---------------------------------------------------------------------------------
+MAY_CHANGE = ("name", "run_dir", "device", "doctor", "collector.total_steps", "evaluation.",
+              "logger.", "checkpoint.")  # fmt: skip
+
+class DamageError(Exception):
+    """A checkpoint or its replay is not what was saved."""
+
+def write(path, save, value):
+    """Calls save(value, file) so that `path` is as before or complete, also after a kill."""
+    aside = path.with_name(f".{path.name}.aside")
+    with aside.open("wb") as file:
+        save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+def flat(config, prefix=""):
+    """{dotted key: value} of nested dictionaries."""
+    pairs = [(f"{prefix}{key}", value) for key, value in config.items()]
+    nested = [flat(v, f"{k}.") if isinstance(v, dict) else {k: v} for k, v in pairs]
+    return {key: value for part in nested for key, value in part.items()}
+
+class RunDirectory:
+    """The directory of one run, claimed by one process, with its checkpoints. `resumes` says
+    whether it holds this run already; nothing is written before `claim`."""
+
+    def __init__(self, cfg):
+        self.path, self.cfg, self.config = Path(cfg.run_dir), cfg, flat(asdict(cfg))
+        self.lock, saved = None, self.path / "config.yaml"
+        self.resumes = saved.exists() and cfg.checkpoint.resume
+        if saved.exists() and not (cfg.checkpoint.resume or cfg.checkpoint.overwrite):
+            raise UserError(f"{self.path} holds a run: checkpoint.resume=true goes on with it,"
+                            " checkpoint.overwrite=true sets it aside, or choose another name=...")
+        if self.resumes:
+            self.claim()
+            before = flat(OmegaConf.to_container(OmegaConf.load(saved)))
+            differ = [f"{key}={before.get(key)} (now {self.config.get(key)})"
+                      for key in sorted(before.keys() | self.config.keys())
+                      if before.get(key) != self.config.get(key)
+                      and not key.startswith(MAY_CHANGE)]
+            if differ:
+                raise UserError(f"{self.path} holds a run with {', '.join(differ)}: go back to"
+                                " that, or choose another name=...")
+
+    def claim(self):
+        """Makes the directory, and locks it for as long as this process lives; an earlier run that
+        is not wanted is set aside, not deleted."""
+        if self.lock:
+            return
+        if (self.path / "config.yaml").exists() and not self.resumes:
+            asides = (self.path.with_name(f"{self.path.name}.old{i}") for i in range(1, 1000))
+            aside = next(path for path in asides if not path.exists())
+            print(f"the run in {self.path} is now in {self.path.rename(aside)}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path} is in use by another process: wait for its end, or"
+                            " choose another name=...") from None
+        for left in (self.path / "checkpoints").glob(".*"):  # of a save that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not self.resumes and any(path.stat().st_size for path in self.path.glob("*.jsonl")):
+            raise UserError(f"{self.path} holds metrics but no config.yaml: put it back, or choose"
+                            " another name=...")
+
+    def candidates(self):
+        """Paths of the checkpoints that are whole, the newest first; `UserError` if none is left.
+        One line for each that is damaged."""
+        found = sorted((self.path / "checkpoints").glob("checkpoint-*"), reverse=True)
+        for path in found:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    if broken := archive.testzip():
+                        raise DamageError(f"{broken} is damaged")
+                    checkpoints.Checkpoint.manifest(path)
+                yield path
+            except (DamageError, OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile,
+                    zlib.error) as error:  # all that a damaged archive can lead to
+                print(f"checkpoint {path} is damaged ({error}): trying the one before")
+        raise UserError(f"no checkpoint in {self.path / 'checkpoints'} can be loaded: restore one"
+                        " from a backup, or start anew with another name=...")
+
+    def load(self, path, **parts):
+        """Gives the parts the state that they had when `path` was saved."""
+        self.build(parts).load(path, map_location="cpu")
+
+    def save(self, step, episodes, **parts):
+        """Writes the parts aside, then renames; returns the least `episodes` that is kept."""
+        metadata = {"step": step, "episodes": episodes, "config": self.config}
+        rotation = checkpoints.CheckpointRotation(
+            self.path / "checkpoints", keep_last=self.cfg.checkpoint.keep)
+        try:
+            path = rotation.save(self.build(parts), step=step, metadata=metadata)
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                os.fsync(file.fileno())
+                if archive.testzip():
+                    raise OSError(5, "what was read back is not what was written")
+        except OSError as error:
+            raise UserError(f"the checkpoint of step {step} could not be written to {self.path}"
+                            f" ({error.strerror}): free some space; the same command then goes on"
+                            " from the one before") from None
+        kept = [checkpoints.Checkpoint.manifest(path) for path in rotation.checkpoints()]
+        return min(manifest["metadata"]["episodes"] for manifest in kept)
+
+    def build(self, parts):
+        """TorchRL's checkpoint of these parts, one checksummed file."""
+        whole = checkpoints.Checkpoint(format="archive")
+        for name, part in parts.items():
+            adapter = checkpoints.StateDictCheckpointAdapter("torch")
+            whole.register(name, part, adapter=adapter)
+        return whole
+
 # --- Environments --------------------------------------------------------------------------------
 GL_PROBE = (
     "import mujoco; c = mujoco.GLContext(8, 8); c.make_current();"
@@ -144,10 +287,11 @@ def select_gl():
 EVALUATION = 1_000_000  # as the index of a copy of the environment: the one that evaluates
 
 class EpisodeSeeds:
-    """The seeds of the episodes of one copy of the environment: no reset depends on the past."""
+    """The seeds of the episodes of one copy of the environment: no reset depends on the past.
+    `replayed`: the actions [T, A] of an unfinished episode that its first reset repeats."""
 
-    def __init__(self, seed, copy, episode=0):
-        self.seed, self.copy, self.episode = seed, copy, episode
+    def __init__(self, seed, copy, episode=0, replayed=()):
+        self.seed, self.copy, self.episode, self.replayed = seed, copy, episode, replayed
 
     def __next__(self):
         self.episode += 1
@@ -258,18 +402,49 @@ def single_env(cfg, seeds):
     parts = envs.ActionScaling(), envs.DoubleToFloat(), limit
     if "pixels" in env.observation_spec.keys():  # TorchRL's name for an image of Gymnasium
         parts += (envs.RenameTransform(["pixels"], ["observation"]),)
-    return envs.TransformedEnv(env, envs.Compose(*parts))
+    return ResumableEnv(env, envs.Compose(*parts), seeds)
 
-def make_env(cfg, seeds, networks):
+def worker_env(cfg, seeds):
+    """The same in a process of its own, which leaves Ctrl-C to the process that asks it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return single_env(cfg, seeds)
+
+class ResumableEnv(envs.TransformedEnv):
+    """Resets to where an unfinished episode was: its seed and its actions bring it there."""
+
+    def __init__(self, env, transform, seeds):
+        super().__init__(env, transform)
+        self.__dict__["seeds"] = seeds  # not a property of the environment inside
+
+    def _reset(self, tensordict=None, **kwargs):
+        start, replayed = super()._reset(tensordict, **kwargs), self.seeds.replayed
+        self.seeds.replayed = ()
+        for action in replayed:
+            start = envs.step_mdp(self.step(start.set("action", action)))
+        return start
+
+class ResumedMemory(envs.Transform):
+    """Gives the agent the memory that it had in unfinished episodes, at the first reset only."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory
+
+    def _reset(self, tensordict, tensordict_reset):
+        memory, self.memory = self.memory, None
+        return tensordict_reset if memory is None else tensordict_reset.update(memory)
+
+def make_env(cfg, seeds, networks, resumed=None):
     """A copy of the environment for each of `seeds` (each in its own process if several), with the
     agent's memory, 0 after a reset: `state` [S], `belief` [D] and the executed action [A]."""
-    make = [functools.partial(single_env, cfg, each) for each in seeds]
-    several = len(make) > 1
+    several = len(seeds) > 1
+    make = [functools.partial(worker_env if several else single_env, cfg, each) for each in seeds]
     env = envs.TransformedEnv(envs.ParallelEnv(len(make), make)) if several else make[0]()
     sizes = {"state": networks.state_dim, "belief": networks.belief_dim,
              "previous_action": env.action_spec.shape[-1]}
     memory = {name: Unbounded(size) for name, size in sizes.items()}
-    return env.append_transform(envs.TensorDictPrimer(memory, expand_specs=True))
+    env.append_transform(envs.TensorDictPrimer(memory, expand_specs=True))
+    return env.append_transform(ResumedMemory(resumed))
 
 # --- Networks (App. A) ---------------------------------------------------------------------------
 class FullPrecision(nn.Module):
@@ -305,6 +480,55 @@ class Actor(modules.DreamerActor):
         mean, std = super().forward(state, belief)
         return self.mean_scale * torch.tanh(mean / self.mean_scale), std
 
+class Deconvolution(nn.ConvTranspose2d):
+    """The decoder's transposed convolution (stride 2, no padding), faster on a CPU: a 1 x 1 input
+    is a matrix product, a larger one goes through `SubPixelConvolution`."""
+
+    def forward(self, x):
+        """[n, I, h, h] -> [n, O, 2 (h - 1) + k, same], as in PyTorch."""
+        device, weight, bias = x.device.type, self.weight, self.bias
+        if device != "cpu":
+            return super().forward(x)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        if x.shape[-1] > 1:
+            return SubPixelConvolution.apply(x, weight, bias)
+        size = weight.shape[2:]
+        image = x.flatten(1) @ weight.permute(0, 2, 3, 1).flatten(1)
+        return image.unflatten(1, (*size, -1)).permute(0, 3, 1, 2) + bias[:, None, None]
+
+class SubPixelConvolution(torch.autograd.Function):
+    """A transposed convolution of stride 2 as a plain one, whose channels are its four output
+    phases (even and odd rows and columns): oneDNN's transposed one takes up to four times as long.
+    Its backward is fine, but for the bias, whose gradient is summed apart."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        """x [n, I, h, h] in channels_last, weight [I, O, k, k] -> [n, O, 2 (h - 1) + k, same]."""
+        ctx.save_for_backward(x, weight)
+        (n, inputs, h, _), (_, outputs, k, _) = x.shape, weight.shape
+        half = (k + 1) // 2
+        # out[2 i + p] sums weight[2 j + p] x[i - j]: phase p convolves with every second weight.
+        phases = nn.functional.pad(weight, (0, k % 2, 0, k % 2))
+        phases = phases.reshape(inputs, outputs, half, 2, half, 2).flip(2, 4)
+        phases = phases.permute(3, 5, 1, 0, 2, 4).reshape(4 * outputs, inputs, half, half)
+        phases = phases.contiguous(memory_format=torch.channels_last)
+        image = nn.functional.conv2d(x, phases, bias.repeat(4), padding=half - 1)
+        size = image.shape[-1]
+        image = image.permute(0, 2, 3, 1).reshape(n, size, size, 2, 2, outputs).transpose(2, 3)
+        image = image.reshape(n, 2 * size, 2 * size, outputs)
+        size = 2 * (h - 1) + k
+        return image[:, :size, :size].contiguous().permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradients of x, weight and bias from that of the output."""
+        x, weight = ctx.saved_tensors
+        transposed = None, (2, 2), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False)
+        to_x, to_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, *transposed)
+        return to_x, to_weight, gradient.sum((0, 2, 3))
+
 class WorldModel(nn.Module):
     """theta: encoder, RSSM (prior, posterior), decoder, reward head, discount head if wanted."""
 
@@ -318,6 +542,8 @@ class WorldModel(nn.Module):
             self.encoder = modules.ObsEncoder(cfg.channels, in_channels=observation_shape[-1])
             self.decoder = modules.ObsDecoder(cfg.channels, latent_dim=features)
             self.decoder.state_to_latent[1] = nn.Identity()  # officially no activation here
+            for layer in self.decoder.decoder[::2]:
+                layer.__class__ = Deconvolution
             self.decoder.decoder.append(FullPrecision())
         else:
             embedding = cfg.hidden_dim
@@ -360,7 +586,7 @@ class Agent(nn.Module):
         self.actor = Actor(action_dim, net)
         self.actor(torch.zeros(1, net.state_dim), torch.zeros(1, net.belief_dim))  # lazy layer
         self.value = head(net.state_dim + net.belief_dim, 1, 3, net.hidden_dim)
-        self.apply(initialise)
+        self.apply(initialise).to(memory_format=torch.channels_last)  # as images come from disk
 
 def initialise(module):
     """Glorot-uniform kernels, orthogonal recurrent matrix, zero biases: the official defaults."""
@@ -379,7 +605,7 @@ class Optimizer:
     def __init__(self, parameters, lr, eps, clip, float16=False):
         self.parameters, self.eps, self.clip = list(parameters), eps, clip
         device = self.parameters[0].device.type
-        self.adam = torch.optim.Adam(self.parameters, lr, fused=device == "cuda")
+        self.adam = torch.optim.Adam(self.parameters, lr, fused=True)
         self.scaler = torch.amp.GradScaler(device, enabled=float16)
 
     def differentiate(self, loss, shared=False):
@@ -397,6 +623,15 @@ class Optimizer:
         self.scaler.step(self.adam)
         self.scaler.update()
         return norm
+
+    def state_dict(self):
+        """All that the next step depends on, but for the parameters."""
+        return {"adam": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave."""
+        self.adam.load_state_dict(state["adam"])
+        self.scaler.load_state_dict(state["scaler"])
 
 def build_optimizers(cfg, agent, dtype=None):
     """One optimiser for each of theta, phi and psi; dtype float16 brings loss scaling."""
@@ -445,11 +680,31 @@ def tune_process(device):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
+def compile_steps(agent, cfg, device):
+    """Compiles what `observe` and `imagine` repeat: transition, representation and action model.
+
+    `auto` is on CUDA only: on a CPU the gain is within the noise, and 2000 updates would not win
+    back the 40 s that it takes. Compiling the loops as a whole takes three times as long. Without
+    a working compiler one line says so, and everything runs as it is.
+    """
+    mode = cfg.optimization.compile
+    if mode == "false" or (mode == "auto" and device.type == "cpu"):
+        return
+    torch.compiler.reset()  # what an earlier run in this process compiled counts against a limit
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        print(f"compile: no working compiler ({str(error).splitlines()[0]}); going on without")
+        return
+    for model in agent.world_model.prior, agent.world_model.posterior, agent.actor:
+        model.compile(dynamic=False, mode=mode if mode == "reduce-overhead" else None)
+
 def accelerate(function, device, dtype):
     """The same function under autocast: the only place that knows about precision."""
 
     @functools.wraps(function)
     def accelerated(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # for `optimization.compile=reduce-overhead`
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return function(*args)
 
@@ -464,11 +719,12 @@ class Policy(TensorDictModuleBase):
     in_keys = ["observation", "previous_action", "state", "belief"]
     out_keys = ["action", ("next", "previous_action"), ("next", "state"), ("next", "belief")]
 
-    def __init__(self, agent, rule, samples=(), random_steps=0):
+    def __init__(self, agent, rule, samples=()):
         super().__init__()
-        self.agent, self.rule, self.samples, self.random_steps = agent, rule, samples, random_steps
+        self.agent, self.rule, self.samples, self.random_steps = agent, rule, samples, 0
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # a single step is not worth another compilation
     def forward(self, tensordict):
         lead, size = tensordict.batch_size, self.agent.world_model.sizes
         device, n = self.agent.world_model.prior.rnn.weight_ih.device, lead.numel()
@@ -484,40 +740,124 @@ class Policy(TensorDictModuleBase):
             tensordict.set(key, value.reshape(*lead, -1).cpu())
         return tensordict
 
-def replay_rows(cfg, observation_shape, action_dim, directory):
-    """Rows that the replay holds; prints bytes needed and free, `UserError` if they cannot fit."""
+def replay_rows(cfg, observation_shape, action_dim):
+    """The number of rows that the replay holds, and {key: (shape, dtype)} of one row."""
     steps = min(cfg.replay_buffer.capacity, cfg.collector.total_steps)
     rows = math.ceil(steps / cfg.env.action_repeat + steps / cfg.env.time_limit)  # and resets
-    bytes_each = math.prod(observation_shape) * (1 if cfg.env.from_pixels else 4)
-    needed = rows * (bytes_each + 4 * action_dim + 4 + 1 + 8) / 1e9  # ... reward, end, episode
-    free = shutil.disk_usage(directory).free / 1e9
-    print(f"replay: {needed:.2f} GB for {steps:,} environment steps, {free:.1f} GB free")
-    if needed > free:
-        raise UserError(f"the replay needs {needed:.2f} GB and {directory} has {free:.1f} GB free:"
-                        " lower replay_buffer.capacity, or choose another run_dir")
-    return rows
+    image = torch.uint8 if cfg.env.from_pixels else torch.float32
+    return rows, {
+        "observation": (tuple(observation_shape), image),
+        "action": ((action_dim,), torch.float32), "reward": ((), torch.float32),
+        "terminated": ((), torch.bool), "episode": ((), torch.int64),
+    }  # fmt: skip
+
+def reserve(path, size):
+    """Makes a file at least `size` bytes long, on disk and not only by name: a memory-mapped file
+    that meets a full disk later would end the process without a word."""
+    with path.open("ab") as file:
+        if (missing := size - file.tell()) > 0:
+            if missing > (free := shutil.disk_usage(path.parent).free):
+                raise UserError(f"the replay needs {missing / 1e9:.2f} GB for {path} and there are"
+                                f" {free / 1e9:.2f} GB free: lower replay_buffer.capacity, or"
+                                " choose another run_dir")
+            os.posix_fallocate(file.fileno(), size - missing, missing)
 
 class Replay:
     """Finished episodes as rows on disk (see the time grid in dreamer.py), observations once;
-    sampled in sequences that never cross an episode."""
+    sampled in sequences that never cross an episode.
 
-    def __init__(self, cfg, rows, directory, action_repeat, device):
+    The files are the only copy. A checkpoint keeps the number and the checksums of the episodes;
+    what a full buffer overwrites after it is kept in `undo/` until the next ones are there.
+    """
+
+    def __init__(self, cfg, rows, layout, directory, action_repeat, device, seed=0):
         self.length, self.device, self.repeat = cfg.batch_length, device, action_repeat
         self.episodes, self.longest, self.pending = 0, 0, {}
+        self.table, self.finished = [], {}  # (first row, rows, checksum); episodes of each copy
+        self.rows, self.directory = rows, directory
+        (directory / "undo").mkdir(parents=True, exist_ok=True)
+        self.files = TensorDict({}, [rows])
+        for name, (shape, dtype) in layout.items():
+            path = directory / f"{name}.memmap"
+            reserve(path, rows * math.prod(shape) * dtype.itemsize)
+            self.files[name] = MemoryMappedTensor.from_filename(path, dtype, (rows, *shape))
         self.buffer = ReplayBuffer(
-            storage=LazyMemmapStorage(rows, scratch_dir=directory), batch_size=cfg.batch_size,
+            storage=TensorStorage(self.files), batch_size=cfg.batch_size,
+            pin_memory=device.type == "cuda",
             sampler=SliceSampler(slice_len=self.length, traj_key="episode", truncated_key=None,
-                                 strict_length=True))
+                                 strict_length=True, cache_values=True))
+        # Drawn with random numbers of its own, a batch is the same whichever thread draws it.
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffer.set_rng(self.generator)
+        self.ahead, self.drawn = ThreadPoolExecutor(1), self.generator.get_state()
+        self.rewind(0, 0)
+
+    def rewind(self, stored, cursor):
+        """Says how many rows are valid, and where the next one goes."""
+        state = {"_storage": {}, "initialized": True, "_len": stored}
+        self.buffer.storage.load_state_dict(state)
+        self.buffer.writer.load_state_dict({"_cursor": cursor})
+
+    def state_dict(self):
+        """Everything but the rows: they are durable once this returns."""
+        for path in self.directory.glob("*.memmap"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        pending = {copy: torch.cat(parts).to_dict() for copy, parts in self.pending.items()}
+        return {"episodes": self.episodes, "longest": self.longest, "finished": self.finished,
+                "table": self.table, "stored": len(self.buffer), "cursor": self.cursor(),
+                "rows": self.rows, "generator": self.drawn, "pending": pending}  # fmt: skip
+
+    def load_state_dict(self, state):
+        """Takes the rows back to what they were, checked; `DamageError` if they are not there."""
+        for path in sorted((self.directory / "undo").glob("*.pt"), reverse=True):
+            if int(path.stem) >= state["episodes"]:
+                rows = torch.load(path)
+                index = rows.pop("index")
+                self.files[index] = TensorDict(rows, [len(index)])
+        oldest = state["episodes"] - len(state["table"])
+        for episode, (first, count, checksum) in enumerate(state["table"], oldest):
+            if self.checksum(self.files[(first + torch.arange(count)) % self.rows]) != checksum:
+                raise DamageError(f"{self.directory}: episode {episode} is damaged or missing")
+        grown = self.rows > state["rows"]
+        self.rewind(state["stored"], state["stored"] if grown else state["cursor"])
+        self.episodes, self.longest = state["episodes"], state["longest"]
+        self.table, self.finished, self.drawn = (
+            state[key] for key in ("table", "finished", "generator"))
+        self.generator.set_state(self.drawn)
+        self.pending = {copy: [TensorDict(steps, [len(steps["action"])])]
+                        for copy, steps in state["pending"].items()}
+
+    def cursor(self):
+        """Where the next row goes."""
+        return self.buffer.writer.state_dict()["_cursor"]
+
+    def checksum(self, rows):
+        """CRC-32 of all bytes of some rows."""
+        value = 0
+        for name in sorted(self.files.keys()):
+            value = zlib.crc32(rows[name].contiguous().numpy().view(np.uint8).reshape(-1), value)
+        return value
+
+    def forget(self, episodes):
+        """Deletes what is only needed to go back to less than `episodes` episodes."""
+        for path in (self.directory / "undo").glob("*.pt"):
+            if int(path.stem) < episodes:
+                path.unlink()
 
     def extend(self, transitions):
         """Adds transitions [T] or [copies, T]; returns (return, length) of episodes they end."""
         finished = []
         for copy, part in enumerate(transitions.reshape(-1, transitions.shape[-1])):
+            if not part["next", "reward"].isfinite().all():
+                raise UserError("the environment gave a reward that is not finite: mend the task;"
+                                " the same command then goes on from the last checkpoint")
             ends = part["next", "done"].flatten().nonzero().flatten() + 1
-            for piece in part.tensor_split(ends.tolist()):
-                self.pending.setdefault(copy, []).append(piece.clone())
+            for piece in filter(len, part.tensor_split(ends.tolist())):
+                self.pending.setdefault(copy, []).append(piece.exclude("collector").clone())
                 if piece["next", "done"].any():
                     finished.append(self.add_episode(torch.cat(self.pending.pop(copy))))
+                    self.finished[copy] = self.finished.get(copy, 0) + 1
         return finished
 
     def add_episode(self, steps):
@@ -530,20 +870,48 @@ class Replay:
             "terminated": torch.cat([reset["terminated"], after["terminated"]]).flatten(),
             "episode": torch.full((len(steps) + 1,), self.episodes),
         }
-        self.buffer.extend(TensorDict(rows, batch_size=[len(steps) + 1]))
-        self.episodes, self.longest = self.episodes + 1, max(self.longest, len(steps) + 1)
+        rows, first = TensorDict(rows, batch_size=[len(steps) + 1]), self.cursor()
+        index = (first + torch.arange(len(rows))) % self.rows
+        if len(self.buffer) + len(rows) > self.rows:
+            replaced = self.files[index].clone().to_dict() | {"index": index}
+            write(self.directory / "undo" / f"{self.episodes:09d}.pt", torch.save, replaced)
+            while self.table and sum(row[1] for row in self.table) + len(rows) > self.rows:
+                self.table.pop(0)
+        self.buffer.extend(rows)
+        self.table.append((first, len(rows), self.checksum(rows)))
+        self.episodes, self.longest = self.episodes + 1, max(self.longest, len(rows))
         return float(after["reward"].double().sum()), len(steps) * self.repeat
 
+    def batches(self, count):
+        """Yields `count` batches [B, L] on the training device; each is drawn while the one before
+        is in use, and none before it is known which episodes are there."""
+        ahead = self.ahead.submit(self.sample) if count > 0 else None
+        for following in reversed(range(count)):
+            batch, self.drawn = ahead.result(), self.generator.get_state()
+            if following:
+                ahead = self.ahead.submit(self.sample)
+            yield batch.to(self.device, non_blocking=True)
+
     def sample(self):
-        """A batch [B, L] on the training device; `UserError` if no episode is that long."""
+        """A batch [B, L] in memory; `UserError` if no episode is that long."""
         if self.longest < self.length:
             raise UserError(f"no episode has replay_buffer.batch_length={self.length} rows (the"
                             f" longest has {self.longest}): lower replay_buffer.batch_length, or"
                             " raise collector.random_steps")
         batch = self.buffer.sample().reshape(-1, self.length)
-        return batch.exclude("episode", "index").to(self.device)
+        return batch.exclude("episode", "index")
 
 # --- Evaluation and logging: nothing here changes what is learned --------------------------------
+@contextlib.contextmanager
+def one_thread():
+    """One PyTorch thread while acting: idle ones spin, which slows a software renderer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 class Evaluation:
     """Plays episodes with the evaluation policy, in an environment and with noise of its own."""
 
@@ -553,14 +921,12 @@ class Evaluation:
 
     def __call__(self, step):
         """Metrics, and observations [T+1, ...] of the first episode; a step has its episodes."""
-        repeat, threads = self.cfg.env.action_repeat, torch.get_num_threads()
-        torch.set_num_threads(1)
-        with torch.random.fork_rng():
+        repeat = self.cfg.env.action_repeat
+        with one_thread(), torch.random.fork_rng():
             self.seeds.episode = step
             torch.manual_seed(next(self.seeds))
             episodes = [self.env.rollout(self.cfg.env.time_limit // repeat, self.policy)
                         for _ in range(self.cfg.evaluation.episodes)]
-        torch.set_num_threads(threads)
         returns = [episode["next", "reward"].double().sum().item() for episode in episodes]
         length = sum(len(episode) for episode in episodes) * repeat / len(episodes)
         metrics = {"eval/return": sum(returns) / len(returns), "eval/length": length,
@@ -568,36 +934,90 @@ class Evaluation:
         one = episodes[0]
         return metrics, torch.cat([one["observation"][:1], one["next", "observation"]])
 
+WITHOUT_WANDB = "or use logger.mode=offline (wandb sync sends it later), or logger.mode=disabled"
+
+def check_wandb(cfg):
+    """`UserError` if the dashboard of this configuration cannot work here."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if cfg.logger.mode == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb is not installed: pip install wandb, or use"
+                        " logger.mode=disabled") from None
+    if cfg.logger.mode == "online" and not wandb.api.api_key:
+        raise UserError(f"logger.mode=online needs an API key: run `wandb login`, {WITHOUT_WANDB}")
+
+def start_wandb(cfg, directory, resumed):
+    """The wandb run, a continued one if `resumed` is its id; `UserError` if wandb cannot start."""
+    import wandb
+    try:
+        settings = wandb.Settings(init_timeout=30)
+        return WandbLogger(
+            cfg.name, offline=cfg.logger.mode != "online", save_dir=str(directory), id=resumed,
+            project=cfg.logger.project, log_env_packages=False, config=asdict(cfg),
+            settings=settings).experiment
+    except (wandb.errors.Error, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"wandb does not answer ({reason}): check the network, {WITHOUT_WANDB}"
+                        ) from None
+
 class Logger:
-    """One row of metrics at a time, to metrics.jsonl and wandb, and a progress bar."""
+    """One row of metrics at a time, to metrics.jsonl and wandb, and a progress bar. Times go to
+    throughput.jsonl: the other file is the same to the byte, however often a run was stopped."""
+
+    KEPT = ("updates", "episodes", "seconds", "last_row", "evaluations", "wandb_id")
 
     def __init__(self, cfg, directory, device):
-        self.cfg, self.directory, self.hint = cfg, directory, device.type == "cpu"
+        self.cfg, self.directory, self.device = cfg, directory, device
+        self.hint = device.type == "cpu"
         self.updates, self.episodes, self.seconds = [], [], {}  # since the last row
-        self.last_row, self.evaluations, self.wandb = 0, 0, None
-        self.rows = (directory / "metrics.jsonl").open("a", buffering=1)
-        if cfg.logger.mode != "disabled":
-            os.environ.setdefault("WANDB_SILENT", "true")
-            self.wandb = WandbLogger(
-                cfg.name, offline=cfg.logger.mode != "online", save_dir=str(directory),
-                project=cfg.logger.project, log_env_packages=False, config=asdict(cfg)).experiment
-            self.wandb.define_metric("*", step_metric="environment_steps")
+        self.last_row, self.evaluations = 0, 0
+        names = "metrics.jsonl", "throughput.jsonl"
+        self.rows, self.times = ((directory / name).open("ab", buffering=0) for name in names)
+        self.wandb, self.wandb_id = None, None
         self.bar = tqdm(total=cfg.collector.total_steps, unit="step", smoothing=0.05,
                         disable=not cfg.logger.progress)
 
+    def start(self, step):
+        """Opens the dashboard and the progress bar at `step`."""
+        cfg = self.cfg
+        if cfg.logger.mode != "disabled":
+            self.wandb = start_wandb(cfg, self.directory, self.wandb_id)
+            self.wandb_id = self.wandb.id
+            self.wandb.define_metric("*", step_metric="environment_steps")
+        self.bar.update(step - self.bar.n)
+
+    def state_dict(self):
+        """What has not become a row yet, and how long the files are."""
+        kept = {key: getattr(self, key) for key in self.KEPT}
+        return kept | {"rows": self.rows.tell(), "times": self.times.tell()}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave; rows written after it are written again."""
+        for key in self.KEPT:
+            setattr(self, key, state[key])
+        self.updates = [{name: value.to(self.device) for name, value in row.items()}
+                        for row in self.updates]
+        for name in "rows", "times":
+            getattr(self, name).truncate(state[name])
+
     @contextlib.contextmanager
     def clock(self, phase):
-        """Adds the wall time of its block to `phase`."""
+        """Adds the wall time of its block to `phase`, once a GPU has done its work."""
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def report(self, step, before, updates, episodes, evaluation):
+    def report(self, step, before, updates, evaluation):
         """All that is due between the steps `before` and `step`: evaluation, video, one row."""
         cfg, metrics, last = self.cfg, {}, step >= self.cfg.collector.total_steps
-        self.episodes += episodes
-        if episodes:
-            self.bar.set_postfix({"return": episodes[-1][0], "updates": updates}, refresh=False)
+        if self.episodes:
+            shown = {"return": self.episodes[-1][0], "updates": updates}
+            self.bar.set_postfix(shown, refresh=False)
         every = cfg.evaluation.every or step + 1
         if updates and (before // every != step // every or last and cfg.evaluation.every):
             with self.clock("evaluate"):
@@ -619,16 +1039,17 @@ class Logger:
             metrics |= {"train/return": means[0], "train/length": means[1]}
         for name in self.updates[0] if count else ():
             metrics[name] = torch.stack([row[name] for row in self.updates]).mean().item()
-        metrics |= {f"throughput/{phase}_seconds": value for phase, value in seconds.items()}
+        times = {f"throughput/{phase}_seconds": value for phase, value in seconds.items()}
         rate = (step - self.last_row) / seconds["collect"]
-        metrics["throughput/environment_steps_per_second"] = rate
+        times["throughput/environment_steps_per_second"] = rate
         if count:
-            metrics["throughput/updates_per_second"] = count / seconds["update"]
-        row = {"environment_steps": step, "agent_steps": step // self.cfg.env.action_repeat,
-               "updates": updates, **metrics}
-        self.rows.write(json.dumps(row) + "\n")
+            times["throughput/updates_per_second"] = count / seconds["update"]
+        counters = {"environment_steps": step, "agent_steps": step // self.cfg.env.action_repeat,
+                    "updates": updates}
+        for file, row in (self.rows, metrics), (self.times, times):
+            file.write((json.dumps(counters | row) + "\n").encode())
         if self.wandb:
-            self.wandb.log(row)
+            self.wandb.log(counters | metrics | times, step=step)
         if count and self.hint:
             self.hint = False  # once is enough
             each = self.cfg.optimization.train_ratio * seconds["update"] / count + 1 / rate
@@ -646,23 +1067,119 @@ class Logger:
         film = ImageSequenceClip(list(frames), fps=40 / self.cfg.env.action_repeat)
         film.write_videofile(str(path), codec="libx264", logger=None)
         if self.wandb:
-            self.wandb.log({"environment_steps": step, "eval/video": wandb.Video(str(path))})
+            import wandb
+            film = {"environment_steps": step, "eval/video": wandb.Video(str(path))}
+            self.wandb.log(film, step=step, commit=False)
 
     def close(self):
         """Ends the progress bar, the metrics file and the wandb run."""
         self.bar.close()
         self.rows.close()
+        self.times.close()
         if self.wandb:
             self.wandb.finish()
 
+# --- Doctor --------------------------------------------------------------------------------------
+def check_versions():
+    """The installed packages against requirements.txt; `UserError` names those that differ."""
+    lines = Path(__file__).with_name("requirements.txt").read_text().split()
+    pins, differ = dict(line.split("==") for line in lines), []
+    for name, pin in pins.items():
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found = "missing"
+        if found != pin:
+            differ.append(f"{name} {found} (tested with {pin})")
+    if differ:
+        raise UserError(f"{', '.join(differ)}: pip install -r requirements.txt")
+    return f"Python {sys.version.split()[0]}, {len(pins)} packages as in requirements.txt"
+
+def check_picture(observation):
+    """`UserError` if an image [64, 64, 3] has one colour only: OpenGL that draws nothing."""
+    spread = int(observation.max()) - int(observation.min())
+    if spread < 8:
+        raise UserError("rendered images have one colour only: OpenGL does not draw; try another"
+                        " MUJOCO_GL (egl, osmesa), or use env.from_pixels=false")
+    return f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}, 64 x 64 image, {spread + 1} levels of grey"
+
+def doctor(cfg, train):
+    """Checks all that a run needs, measures its speed, prints a table; True if all is well."""
+    device, seeds = resolve_device(cfg.device), EpisodeSeeds(cfg.seed, EVALUATION)
+
+    def name_device():
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return f"{device}: {name}, {torch.get_num_threads()} threads"
+
+    def render():
+        if not cfg.env.from_pixels:
+            return "not needed: env.from_pixels=false"
+        select_gl()
+        return check_picture(make_env(cfg.env, [seeds], cfg.networks).reset()["observation"])
+
+    def space():
+        # A guess from above: the environment, which knows, may be what does not work.
+        rows, layout = replay_rows(cfg, IMAGE if cfg.env.from_pixels else (128,), 32)
+        needed = rows * sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
+        place = next(path for path in Path(cfg.run_dir).absolute().parents if path.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(f"the replay needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are"
+                            " free: lower replay_buffer.capacity, or choose another run_dir")
+        return f"replay {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+
+    def dashboard():
+        check_wandb(cfg)
+        with tempfile.TemporaryDirectory() as folder:
+            if cfg.logger.mode == "online":
+                start_wandb(cfg, folder, None).finish()
+        return f"logger.mode={cfg.logger.mode}"
+
+    checks = {"versions": check_versions, "device": name_device,
+              "precision": lambda: str(resolve_autocast(cfg.optimization.autocast, device)
+                                       or torch.float32),
+              "OpenGL": render, "disk": space, "wandb": dashboard,
+              "speed": lambda: measure_speed(cfg, train)}  # fmt: skip
+    fine = True
+    for name, check in checks.items():
+        try:
+            print(f"ok      {name:<10} {check()}", flush=True)
+        except UserError as error:
+            print(f"problem {name:<10} {error}", flush=True)
+            fine = False
+    return fine
+
+def measure_speed(cfg, train):
+    """A sentence about the time that a run would take, from one episode and five updates."""
+    with tempfile.TemporaryDirectory() as folder:
+        trial = deepcopy(cfg)
+        trial.run_dir, trial.doctor = f"{folder}/run", False
+        trial.logger.mode, trial.logger.progress, trial.logger.video = "disabled", False, False
+        trial.optimization.pretrain, trial.evaluation.every = 5, 0
+        steps = cfg.env.n_parallel_envs * cfg.env.time_limit
+        trial.collector.random_steps = trial.collector.total_steps = steps
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(trial)
+        row = json.loads(Path(folder, "run", "throughput.jsonl").read_text().splitlines()[-1])
+    rates = row["throughput/environment_steps_per_second"], row["throughput/updates_per_second"]
+    hours = cfg.collector.total_steps * (1 / rates[0] + cfg.optimization.train_ratio / rates[1])
+    return (f"{rates[0]:.0f} environment steps/s, {rates[1]:.2f} updates/s: about"
+            f" {hours / 3600:.1f} hours for {cfg.collector.total_steps:,} steps")
+
 # --- A run ---------------------------------------------------------------------------------------
 class Run:
-    """Every part of a run, checked and built from the configuration, in the order of cost."""
+    """Every part of a run, checked and built from the configuration, in the order of cost; goes on
+    where the run in its directory was."""
 
     def __init__(self, cfg, collection_rule, evaluation_rule):
-        self.cfg, directory = cfg, Path(cfg.run_dir)
-        if (directory / "metrics.jsonl").exists():
-            raise UserError(f"{directory} holds a run: choose another name=..., or remove it")
+        self.cfg, self.step, self.before, self.updates = cfg, 0, 0, 0
+        self.due, self.signal, self.handlers, self.unchecked = False, None, {}, []
+        self.home = RunDirectory(cfg)
+        try:
+            check_versions()
+        except UserError as error:
+            print(f"not the tested versions: {error}")
+        check_wandb(cfg)
         self.device = resolve_device(cfg.device)
         tune_process(self.device)
         self.autocast = resolve_autocast(cfg.optimization.autocast, self.device)
@@ -670,31 +1187,186 @@ class Run:
             select_gl()
         elif "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = "disabled"  # states need no OpenGL, so none is imported
-        torch.manual_seed(cfg.seed)
+        for path in self.home.candidates() if self.home.resumes else (None,):
+            try:
+                self.build(path, collection_rule, evaluation_rule)
+                break
+            except (DamageError, checkpoints.CheckpointError) as error:
+                print(f"checkpoint {path} cannot be used ({error}): trying the one before")
+        if not self.home.resumes:
+            self.save()
+            text = OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode()
+            write(self.home.path / "config.yaml", lambda value, file: file.write(value), text)
+        print(f"{'going on at step' if self.step else 'training from step'} {self.step:,} on"
+              f" {self.device} in {self.autocast or torch.float32}, run in {self.home.path}")
+        self.logger.start(self.step)
+        if path:  # last, so that nothing above has drawn from them
+            self.home.load(path, random=checkpoints.GlobalRNGState())
+        self.listen()
+
+    def build(self, path, collection_rule, evaluation_rule):
+        """Builds all parts, with their states in the checkpoint `path` if there is one."""
+        cfg, state = self.cfg, Kept()
+        for generator in torch.manual_seed, np.random.seed, random.seed:
+            generator(cfg.seed)
+        if path:
+            self.home.load(path, progress=state)
         copies, repeat = cfg.env.n_parallel_envs, cfg.env.action_repeat
-        seeds = [EpisodeSeeds(cfg.seed, copy) for copy in range(copies)]
-        env = make_env(cfg.env, seeds, cfg.networks)
+        seeds, memory = resumed_episodes(cfg, state)
+        env = make_env(cfg.env, seeds, cfg.networks, memory)
         sizes = env.observation_spec["observation"].shape[env.ndim :], env.action_spec.shape[-1]
         self.agent = Agent(cfg, *sizes).to(self.device)
         self.optimizers = build_optimizers(cfg.optimization, self.agent, self.autocast)
+        self.home.claim()  # all that can be wrong with the configuration was seen by now
+        rows, layout = replay_rows(cfg, *sizes)
+        if path and state["replay"]["episodes"] > len(state["replay"]["table"]):
+            rows = state["replay"]["rows"]  # a buffer that has overwritten rows cannot grow
+        places = self.home.path / "replay", repeat, self.device, cfg.seed
+        self.replay = Replay(cfg.replay_buffer, rows, layout, *places)
+        self.logger = Logger(cfg, self.home.path, self.device)
+        self.policy = Policy(self.agent, collection_rule)
+        compile_steps(self.agent, cfg, self.device)
         phase = math.ceil(cfg.collector.train_every / (copies * repeat)) * copies
-        policy = Policy(self.agent, collection_rule, (), cfg.collector.random_steps // repeat)
-        threads = torch.get_num_threads()  # idle ones spin, which slows a software renderer
         self.collector = Collector(
-            env, policy, frames_per_batch=phase, total_frames=-1, trust_policy=True,
-            auto_register_policy_transforms=False,
-            pre_collect_hook=functools.partial(torch.set_num_threads, 1),
-            post_collect_hook=lambda _: torch.set_num_threads(threads))
+            env, self.policy, frames_per_batch=phase, total_frames=-1, trust_policy=True,
+            auto_register_policy_transforms=False)
+        self.interaction = iter(self.collector)
+        self.policy.random_steps = cfg.collector.random_steps // repeat  # the collector tried it
         self.evaluation = Evaluation(cfg, Policy(self.agent, evaluation_rule, (100,)))
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = replay_rows(cfg, *sizes, directory)
-        self.replay = Replay(cfg.replay_buffer, rows, directory / "replay", repeat, self.device)
-        OmegaConf.save(OmegaConf.structured(cfg), directory / "config.yaml")
-        print(f"training on {self.device} in {self.autocast or torch.float32}, run in {directory}")
-        self.logger = Logger(cfg, directory, self.device)
+        if path:
+            self.home.load(path, agent=self.agent, **self.optimizers)
+            self.load_state_dict(state)
 
-    def close(self):
-        """Stops the environments and ends the logs."""
+    def state_dict(self):
+        """Counters, replay (but for its rows) and logger."""
+        counters = {key: getattr(self, key) for key in ("step", "before", "updates")}
+        return counters | {"random_steps": self.policy.random_steps,
+                           "replay": self.replay.state_dict(), "logger": self.logger.state_dict()}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave."""
+        for key in "step", "before", "updates":
+            setattr(self, key, state[key])
+        self.policy.random_steps = state["random_steps"]
+        self.replay.load_state_dict(state["replay"])
+        self.logger.load_state_dict(state["logger"])
+
+    def collect(self):
+        """Adds the transitions of the next interaction phase to the replay."""
+        try:
+            with one_thread():
+                transitions = next(self.interaction)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"acting in the environment failed after step {self.step} ({reason});"
+                            " the same command goes on from the last checkpoint") from error
+        if self.step == 0 and self.cfg.env.from_pixels:
+            check_picture(transitions["observation"].flatten(0, -4)[0])
+        self.logger.episodes += self.replay.extend(transitions)
+        self.before = self.step
+        self.step += transitions.numel() * self.cfg.env.action_repeat
+
+    def learned(self, batch, metrics):
+        """Counts an update; `UserError` if its numbers are not finite (a GPU is one ahead)."""
+        self.updates += 1
+        self.logger.updates.append(metrics)
+        self.unchecked.append((self.updates, batch, metrics))
+        while len(self.unchecked) > (self.device.type == "cuda"):
+            check_finite(*self.unchecked.pop(0), self.autocast, self.home.path)
+
+    def report(self):
+        """Evaluation, video and metrics, as far as they are due since the last report."""
+        if self.before != self.step:
+            every, last = self.cfg.checkpoint.every, self.step >= self.cfg.collector.total_steps
+            self.logger.report(self.step, self.before, self.updates, self.evaluation)
+            self.due = last or self.before // every != self.step // every
+            self.before = self.step
+
+    def goes_on(self):
+        """Saves if that is due; false at the end of the run, or after a signal."""
+        for name, weight in self.agent.named_parameters():
+            if not weight.isfinite().all():  # the simulator would only name actions
+                raise UserError(f"{name} is not finite after update {self.updates}: the last"
+                                f" finite weights are in {self.home.path / 'checkpoints'}; lower"
+                                " the learning rates, or use optimization.autocast=false")
+        if self.due or self.signal:
+            self.save()
+        self.due = False
+        return not self.signal and self.step < self.cfg.collector.total_steps
+
+    def save(self):
+        """Saves everything that the next step depends on."""
+        parts = {"agent": self.agent, **self.optimizers, "progress": self,
+                 "random": checkpoints.GlobalRNGState()}
+        self.replay.forget(self.home.save(self.step, self.replay.episodes, **parts))
+
+    def listen(self):
+        """Lets a first signal end the run at the next update; a second Ctrl-C ends it at once."""
+
+        def ask(number, frame):
+            if self.signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+            self.signal = self.signal or number
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this update\n".encode())  # print may be busy
+
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR2:
+                self.handlers[number] = signal.signal(number, ask)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Stops the environments and ends the logs; after a signal, so does the process."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.collector.shutdown()
+        self.replay.ahead.shutdown()
         self.evaluation.env.close()
         self.logger.close()
+        self.home.lock.close()
+        if self.signal and not kind:
+            print(f"saved at step {self.step:,}: the same command goes on", file=sys.stderr)
+            if self.signal == signal.SIGUSR2 and callable(handler := self.handlers[self.signal]):
+                handler(self.signal, None)  # submitit's, which puts the job into the queue again
+            raise SystemExit(128 + self.signal)
+
+class Kept(dict):
+    """The state of a part that is not built yet."""
+
+    def state_dict(self):
+        return self
+
+    def load_state_dict(self, state):
+        self.update(state)
+
+def resumed_episodes(cfg, state):
+    """`EpisodeSeeds` of each copy of the environment, and the agent's memory in the episodes that
+    were under way (None at the start of a run)."""
+    replay = state.get("replay", {"pending": {}, "finished": {}})
+    seeds, memories = [], []
+    for copy in range(cfg.env.n_parallel_envs):
+        steps = replay["pending"].get(copy)
+        taken = () if steps is None else steps["action"]
+        seeds.append(EpisodeSeeds(cfg.seed, copy, replay["finished"].get(copy, 0), taken))
+        names = "state", "belief", "previous_action"
+        memories.append(steps and {name: steps["next"][name][-1] for name in names})
+    if not any(memories):
+        return seeds, None
+    fresh = {name: torch.zeros_like(value) for name, value in next(filter(None, memories)).items()}
+    memory = [TensorDict(each or fresh) for each in memories]
+    return seeds, memory[0] if len(memory) == 1 else torch.stack(memory)
+
+def check_finite(update, batch, metrics, autocast, directory):
+    """Raises `UserError` if a loss or a gradient of an update is not finite, and keeps its batch.
+    With float16 a gradient may overflow: loss scaling then skips the step."""
+    names = [name for name in metrics if autocast != torch.float16 or "grad_norm" not in name]
+    finite = torch.stack([metrics[name] for name in names]).isfinite()
+    if not finite.all():
+        name = next(name for name, fine in zip(names, finite.tolist()) if not fine)
+        path = directory / f"not_finite_{update}.pt"
+        write(path, torch.save, {"batch": batch.cpu().to_dict(), "metrics": metrics})
+        raise UserError(f"{name} is not finite in update {update}: its batch is in {path}, the"
+                        f" last finite weights are in {directory / 'checkpoints'}; lower the"
+                        " learning rates, or use optimization.autocast=false")

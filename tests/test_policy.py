@@ -74,10 +74,9 @@ def test_the_memory_travels_with_the_environment(tmp_path, copies):
              f"collector.random_steps={80 * copies}"]  # fmt: skip
     cfg = configure(*SMALL, *flags)
     rule = functools.partial(dreamer.collection_policy, scale=0.3)
-    run = utils.Run(cfg, rule, dreamer.evaluation_policy)
-    batches = iter(run.collector)
-    seen = torch.cat([next(batches).reshape(copies, -1).clone() for _ in range(8)], 1)
-    run.close()
+    with utils.Run(cfg, rule, dreamer.evaluation_policy) as run:
+        phases = [next(run.interaction).reshape(copies, -1).clone() for _ in range(8)]
+    seen = torch.cat(phases, 1)
     first = seen["step_count"].squeeze(-1) == 0
     assert (first.sum(1) >= 4).all(), "no copy was reset"
     memory = {"previous_action": "action"}

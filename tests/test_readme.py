@@ -32,6 +32,14 @@ def test_the_equation_table_names_functions_and_tests_that_exist():
         assert test in tests, test
 
 
+def test_the_table_of_faults_names_tests_that_exist():
+    table = README.split("| fault |")[1].split("\n\n")[0]
+    named = re.findall(r"`(test_\w+)`", table)
+    assert len(named) >= 16
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in text] == []
+
+
 @pytest.mark.parametrize("arguments", sorted(set(COMMANDS)))
 def test_every_command_has_a_valid_configuration(arguments):
     words = arguments.split()
@@ -66,6 +74,14 @@ def metrics_in_the_readme():
     return set(re.findall(r"`([\w/]+)`", text))
 
 
+def test_the_speed_tables_are_what_the_benchmark_wrote():
+    section = README.split("## Speed")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    written = (ROOT / "benchmarks" / "results" / "throughput.md").read_text().splitlines()
+    assert len(rows) > 20
+    assert [row for row in rows if row not in written] == []
+
+
 def test_pins_are_the_same_everywhere():
     pins = (ROOT / "requirements.txt").read_text().split()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", dreamer_source())
@@ -80,7 +96,7 @@ def dreamer_source():
 
 
 def test_the_files_keep_to_the_floor_plan():
-    for name, limit in (("dreamer.py", 450), ("dreamer_utils.py", 700)):
+    for name, limit in (("dreamer.py", 450), ("dreamer_utils.py", 1400)):
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= limit, name
         for node in ast.walk(ast.parse(text)):

@@ -1,0 +1,121 @@
+"""Kills training with SIGKILL again and again: `python tests/kill_runs.py DIRECTORY KILLS SEED`.
+
+Every attempt is a fork of this process, which has everything imported. In turn, an attempt is
+killed at a random moment, in the middle of a checkpoint, and in the middle of an episode's rows.
+Whenever a run comes to its end, it is compared with one that was left alone, and the next one
+starts. The last line is a JSON object with the counts.
+"""
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from fingerprint import fingerprint  # noqa: E402
+from small_runs import SMALL, configure  # noqa: E402
+
+import dreamer  # noqa: E402
+import dreamer_utils as utils  # noqa: E402
+
+# From pixels; phases cut episodes, and the replay overwrites its oldest rows.
+FLAGS = [*SMALL, "name=one", "env.from_pixels=true", "collector.total_steps=480",
+         "collector.train_every=30", "checkpoint.every=30", "replay_buffer.capacity=200",
+         "optimization.train_ratio=0.05", "evaluation.every=160"]  # fmt: skip
+MODES = "random", "save", "episode"
+
+
+def stop_in(mode, pipe, number):
+    """Makes this process say so and wait at the `number`-th chance, in the middle of a write."""
+    chances = 0
+
+    def chance():
+        nonlocal chances
+        chances += 1
+        if chances == number:
+            os.write(pipe, b"x")
+            time.sleep(60)
+
+    if mode == "save":
+        replace, add = os.replace, zipfile.ZipFile.write
+
+        def slow_replace(*args, **kwargs):
+            chance()
+            replace(*args, **kwargs)
+            chance()
+
+        def slow_add(*args, **kwargs):
+            chance()
+            add(*args, **kwargs)
+
+        os.replace, zipfile.ZipFile.write = slow_replace, slow_add
+    if mode == "episode":
+        extend = utils.ReplayBuffer.extend
+
+        def slow_extend(buffer, rows):
+            half = len(rows) // 2
+            cursor = buffer.writer.state_dict()["_cursor"]
+            files = buffer.storage._storage
+            files[[(cursor + i) % len(files) for i in range(half)]] = rows[:half]
+            chance()
+            extend(buffer, rows)
+            chance()
+
+        utils.ReplayBuffer.extend = slow_extend
+
+
+def attempt(run_dir, mode, generator):
+    """Starts or goes on with a run; True if it came to its end, False if it was killed."""
+    number, delay = generator.randint(1, 12), generator.uniform(0.5, 3)
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reader)
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            stop_in(mode, writer, number)
+            try:
+                dreamer.train(configure(*FLAGS, f"run_dir={run_dir}"))
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    select.select([reader], [], [], delay if mode == "random" else 60)  # or the pipe's end
+    os.close(reader)
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("an attempt failed")
+    return os.WIFEXITED(status)
+
+
+def main(directory, kills, seed):
+    """Prints the counts; exit code 1 if an attempt failed."""
+    directory, generator = Path(directory), random.Random(seed)
+    utils.select_gl()
+    utils.select_gl = lambda: None  # a second for each attempt, to no other end
+    done = {mode: 0 for mode in MODES} | {"finished": 0, "mismatches": 0}
+    whole = directory / "whole"
+    assert attempt(whole, "none", generator)
+    wanted = fingerprint(whole)
+    while sum(done[mode] for mode in MODES) < kills or not done["finished"]:
+        killed = sum(done[mode] for mode in MODES)
+        mode = MODES[killed % 3] if killed < kills else "none"
+        run = directory / f"run{done['finished']}"
+        if attempt(run, mode, generator):
+            done["finished"] += 1
+            done["mismatches"] += fingerprint(run) != wanted
+        else:
+            done[mode] += 1
+    print(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

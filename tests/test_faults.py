@@ -1,0 +1,310 @@
+"""Every fault is one sentence that names what to do, and nothing that was saved is lost."""
+
+import fcntl
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fingerprint import fingerprint
+from small_runs import SMALL, configure, small
+
+import dreamer
+import dreamer_utils as utils
+
+SHORT = ["collector.total_steps=160", "checkpoint.every=40"]
+
+
+def refused(run_dir, *overrides):
+    """The one sentence that a run ends with."""
+    with pytest.raises(utils.UserError) as caught:
+        small(run_dir, *overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The fingerprint of the short run, undisturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    small(run, *SHORT, "name=one")
+    return fingerprint(run)
+
+
+@pytest.fixture
+def half(tmp_path):
+    """The directory of the same run, ended after 120 of 160 steps."""
+    original = utils.Run.collect
+
+    def collect(self):
+        if self.step == 120:
+            raise KeyboardInterrupt
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils.Run, "collect", collect)
+        small(tmp_path / "run", *SHORT, "name=one")
+    return tmp_path / "run"
+
+
+def checkpoint_paths(run):
+    """The older and the newer checkpoint."""
+    older, newer = sorted((run / "checkpoints").glob("checkpoint-*"))
+    return older, newer
+
+
+# Damage ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", ["0", "1", "half", "all but one"])
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(half, whole, capsys, left):
+    newer = checkpoint_paths(half)[1]
+    size = newer.stat().st_size
+    os.truncate(newer, {"0": 0, "1": 1, "half": size // 2, "all but one": size - 1}[left])
+    small(half, *SHORT, "name=one")
+    assert "is damaged" in capsys.readouterr().out
+    assert fingerprint(half) == whole
+
+
+def payload(path):
+    """All that is loaded from a checkpoint; a date in its directory, say, is not."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_flipped_byte_is_seen_wherever_it_matters(half):
+    home = utils.RunDirectory(configure(*SMALL, *SHORT, f"run_dir={half}", "name=one"))
+    older, newer = checkpoint_paths(half)
+    content, unseen, wanted = newer.read_bytes(), [], payload(newer)
+    for number in range(40):
+        place = (len(content) - 1) * number // 39
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << number % 8
+        newer.write_bytes(flipped)
+        if next(home.candidates()) != older and payload(newer) != wanted:
+            unseen.append(place)
+    home.lock.close()
+    assert unseen == []
+
+
+def test_if_all_checkpoints_are_damaged_no_run_starts_anew(half):
+    rows = (half / "metrics.jsonl").read_bytes()
+    for path in checkpoint_paths(half):
+        os.truncate(path, 100)
+    assert "can be loaded: restore one from a backup" in refused(half, *SHORT, "name=one")
+    assert (half / "metrics.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize("fault", ["missing", "flipped", "short"])
+def test_damaged_replay_rows_are_an_error(half, fault, capsys):
+    path = half / "replay" / "observation.memmap"
+    if fault == "missing":
+        path.unlink()
+    elif fault == "short":
+        os.truncate(path, 100)
+    else:
+        content = bytearray(path.read_bytes())
+        content[30] ^= 1
+        path.write_bytes(content)
+    sentence = refused(half, *SHORT, "name=one")
+    assert "no checkpoint in" in sentence
+    assert "episode 0 is damaged or missing" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_by_name(half):
+    changed = "networks.belief_dim=20", "optimization.gamma=0.9"
+    sentence = refused(half, *SHORT, "name=one", *changed)
+    assert "networks.belief_dim=16 (now 20), optimization.gamma=0.99 (now 0.9)" in sentence
+
+
+def test_a_lost_config_is_no_reason_to_start_anew(half):
+    (half / "config.yaml").unlink()
+    rows = (half / "metrics.jsonl").read_bytes()
+    assert "metrics but no config.yaml" in refused(half, *SHORT, "name=one")
+    assert (half / "metrics.jsonl").read_bytes() == rows and checkpoint_paths(half)
+
+
+def test_keys_that_do_not_change_what_is_learned_may_change(half, whole):
+    small(half, *SHORT, "name=one", "logger.project=other", "checkpoint.keep=3")
+    assert fingerprint(half) == whole
+
+
+def test_two_processes_in_one_directory(half):
+    with (half / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by another process" in refused(half, *SHORT, "name=one")
+
+
+# Disk ------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_in_the_middle_of_a_checkpoint(half, whole):
+    """RLIMIT_FSIZE ends a write like a full disk does."""
+    before = [path.read_bytes() for path in checkpoint_paths(half)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) // 2, limits[1]))
+    try:
+        sentence = refused(half, *SHORT, "name=one")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written" in sentence and "free some space" in sentence
+    assert [path.read_bytes() for path in checkpoint_paths(half)] == before
+    small(half, *SHORT, "name=one")
+    assert fingerprint(half) == whole
+
+
+def test_the_replay_reserves_its_space_before_training(tmp_path):
+    small(tmp_path / "run", *SHORT)
+    for path in (tmp_path / "run" / "replay").glob("*.memmap"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+
+# Numbers ---------------------------------------------------------------------------------------
+
+
+def poisoned(patch, where, at=3):
+    """Puts a NaN into the training of update `at`."""
+    original, count = utils.Optimizer.differentiate, 0
+
+    def differentiate(self, loss, shared=False):
+        nonlocal count
+        original(self, loss, shared)
+        count += 1
+        if count == 3 * at:
+            tensor = self.parameters[0]
+            (tensor.grad if where == "gradient" else tensor.data)[0] = float("nan")
+
+    patch.setattr(utils.Optimizer, "differentiate", differentiate)
+
+
+@pytest.mark.parametrize("where", ["gradient", "weight"])
+def test_a_number_that_is_not_finite_stops_within_one_update(tmp_path, monkeypatch, where):
+    poisoned(monkeypatch, where)
+    sentence = refused(tmp_path / "run", *SHORT)
+    if where == "gradient":
+        assert "grad_norm is not finite in update 3: its batch is in" in sentence
+        kept = torch.load(tmp_path / "run" / "not_finite_3.pt")
+        assert kept["batch"]["observation"].shape[1] == 8
+    else:
+        assert ".weight is not finite after update 3" in sentence
+    for path in checkpoint_paths(tmp_path / "run"):
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if "agent" in name)
+            weights = torch.load(archive.open(name))
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_reward_that_is_not_finite(tmp_path, monkeypatch):
+    original = utils.SuiteEpisodes.step
+
+    def step(self, action):
+        result = original(self, action)
+        return result._replace(reward=float("nan"))
+
+    monkeypatch.setattr(utils.SuiteEpisodes, "step", step)
+    assert "a reward that is not finite" in refused(tmp_path / "run")
+
+
+# Environments ----------------------------------------------------------------------------------
+
+
+def test_an_environment_that_raises(tmp_path, monkeypatch, whole):
+    original, count = utils.SuiteEpisodes.step, 0
+
+    def step(self, action):
+        nonlocal count
+        count += 1
+        if count == 70:
+            raise ValueError("the simulation blew up")
+        return original(self, action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.SuiteEpisodes, "step", step)
+        sentence = refused(tmp_path / "run", *SHORT, "name=one")
+    assert "environment failed after step 80 (ValueError: the simulation blew up)" in sentence
+    small(tmp_path / "run", *SHORT, "name=one")
+    assert fingerprint(tmp_path / "run") == whole
+
+
+def test_a_dead_worker(tmp_path):
+    """One of two worker processes is killed in the middle of an episode."""
+    flags = "env.n_parallel_envs=2", "collector.random_steps=160", "collector.total_steps=320"
+    original = utils.Run.collect
+
+    def collect(self):
+        if self.step == 240:
+            parallel = self.collector.env.base_env
+            os.kill(parallel._workers[0].pid, signal.SIGKILL)
+            time.sleep(0.2)
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.Run, "collect", collect)
+        sentence = refused(tmp_path / "run", *flags, "name=one")
+    assert "in the environment failed after step 240" in sentence
+    small(tmp_path / "run", *flags, "name=one")
+    small(tmp_path / "whole", *flags, "name=one")
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+# Dashboards ------------------------------------------------------------------------------------
+
+
+def test_wandb_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sentence = refused(tmp_path / "run", "logger.mode=online")
+    assert "needs an API key: run `wandb login`, or use logger.mode=offline" in sentence
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refused(tmp_path / "run", "logger.mode=offline")
+
+
+# Doctor ----------------------------------------------------------------------------------------
+
+
+def doctor(capsys, *overrides):
+    """Whether all is well, and what is said about each check."""
+    fine = utils.doctor(configure(*SMALL, *overrides), dreamer.train)
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    return fine, {name: (word, text) for word, name, text in lines}
+
+
+def test_the_doctor_finds_a_sound_machine_sound(tmp_path, capsys):
+    run = tmp_path / "run"
+    fine, said = doctor(capsys, f"run_dir={run}", "env.from_pixels=true")
+    assert fine, said
+    assert list(said) == ["versions", "device", "precision", "OpenGL", "disk", "wandb", "speed"]
+    assert "levels of grey" in said["OpenGL"][1] and "updates/s" in said["speed"][1]
+    assert not run.exists()
+
+
+def test_the_doctor_names_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(utils.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    fine, said = doctor(capsys, f"run_dir={tmp_path / 'run'}")
+    assert not fine
+    assert said["versions"][0] == "problem" and "torch 0.0 (tested with" in said["versions"][1]
+    assert said["disk"][0] == "problem" and "lower replay_buffer.capacity" in said["disk"][1]
+    assert said["device"][0] == "ok"
+
+
+def test_a_picture_of_one_colour_is_refused():
+    with pytest.raises(utils.UserError, match="one colour only"):
+        utils.check_picture(torch.full((64, 64, 3), 7, dtype=torch.uint8))
+
+
+def test_no_thread_is_left_behind(tmp_path):
+    small(tmp_path / "run")
+    before = threading.active_count()
+    small(tmp_path / "other")
+    assert threading.active_count() <= before
