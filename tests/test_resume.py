@@ -232,9 +232,10 @@ def test_resident_memory_and_open_files_stay_flat(tmp_path):
 def test_the_dashboard_goes_on_with_the_same_run(tmp_path):
     small(tmp_path / "run", "logger.mode=offline", "collector.total_steps=160")
     small(tmp_path / "run", "logger.mode=offline")
+    # offline-run-DATE-ID, and -1 at the end if both started in the same second.
     parts = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(parts) == 2
-    assert len({part.name.rsplit("-")[-1] for part in parts}) == 1
+    assert len({part.name.split("-")[3] for part in parts}) == 1
 
 
 def test_times_are_in_a_file_of_their_own(tmp_path):
