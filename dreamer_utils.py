@@ -90,7 +90,7 @@ CHOICES = {
 HIGHEST = {"optimization.gamma": 1, "optimization.lambda_": 1}
 LOWEST = {"env.camera": -1, "replay_buffer.batch_length": 2, "optimization.horizon": 2} | {
     key: 0 for key in (
-        "seed", "collector.exploration_noise", "evaluation.every", "optimization.pretrain",
+        "seed", "collector.exploration_noise", "eval.every", "optimization.pretrain",
         "optimization.train_ratio", "optimization.kl_scale", "optimization.free_nats",
         "optimization.gamma", "optimization.lambda_", "optimization.discount_scale")}
 
@@ -145,7 +145,7 @@ def check_combinations(config):
             raise UserError(sentence)
 
 # --- Checkpoints ---------------------------------------------------------------------------------
-MAY_CHANGE = ("name", "run_dir", "device", "doctor", "collector.total_steps", "evaluation.",
+MAY_CHANGE = ("name", "run_dir", "device", "doctor", "collector.total_steps", "eval.",
               "logger.", "checkpoint.")  # fmt: skip
 
 class DamageError(Exception):
@@ -926,7 +926,7 @@ class Evaluation:
             self.seeds.episode = step
             torch.manual_seed(next(self.seeds))
             episodes = [self.env.rollout(self.cfg.env.time_limit // repeat, self.policy)
-                        for _ in range(self.cfg.evaluation.episodes)]
+                        for _ in range(self.cfg.eval.episodes)]
         returns = [episode["next", "reward"].double().sum().item() for episode in episodes]
         length = sum(len(episode) for episode in episodes) * repeat / len(episodes)
         metrics = {"eval/return": sum(returns) / len(returns), "eval/length": length,
@@ -1018,8 +1018,8 @@ class Logger:
         if self.episodes:
             shown = {"return": self.episodes[-1][0], "updates": updates}
             self.bar.set_postfix(shown, refresh=False)
-        every = cfg.evaluation.every or step + 1
-        if updates and (before // every != step // every or last and cfg.evaluation.every):
+        every = cfg.eval.every or step + 1
+        if updates and (before // every != step // every or last and cfg.eval.every):
             with self.clock("evaluate"):
                 scores, observations = evaluation(step)
             metrics |= scores
@@ -1155,7 +1155,7 @@ def measure_speed(cfg, train):
         trial = deepcopy(cfg)
         trial.run_dir, trial.doctor = f"{folder}/run", False
         trial.logger.mode, trial.logger.progress, trial.logger.video = "disabled", False, False
-        trial.optimization.pretrain, trial.evaluation.every = 5, 0
+        trial.optimization.pretrain, trial.eval.every = 5, 0
         steps = cfg.env.n_parallel_envs * cfg.env.time_limit
         trial.collector.random_steps = trial.collector.total_steps = steps
         with contextlib.redirect_stdout(io.StringIO()):

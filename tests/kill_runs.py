@@ -28,7 +28,7 @@ import dreamer_utils as utils  # noqa: E402
 # From pixels; phases cut episodes, and the replay overwrites its oldest rows.
 FLAGS = [*SMALL, "name=one", "env.from_pixels=true", "collector.total_steps=480",
          "collector.train_every=30", "checkpoint.every=30", "replay_buffer.capacity=200",
-         "optimization.train_ratio=0.05", "evaluation.every=160"]  # fmt: skip
+         "optimization.train_ratio=0.05", "eval.every=160"]  # fmt: skip
 MODES = "random", "save", "episode"
 
 

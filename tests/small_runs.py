@@ -16,7 +16,7 @@ SMALL = [
     "collector.total_steps=240", "replay_buffer.batch_size=24", "replay_buffer.batch_length=8",
     "networks.belief_dim=16", "networks.state_dim=4", "networks.hidden_dim=16",
     "networks.channels=2", "optimization.horizon=4", "optimization.pretrain=2",
-    "optimization.train_ratio=0.025", "evaluation.every=80", "logger.every=40",
+    "optimization.train_ratio=0.025", "eval.every=80", "logger.every=40",
     "logger.mode=disabled", "logger.progress=false", "optimization.autocast=false",
 ]  # fmt: skip
 

@@ -48,10 +48,10 @@ def test_flipping_a_learning_key_changes_what_is_learned(tmp_path, reference, fl
 
 
 def test_logging_and_evaluation_do_not_change_what_is_learned(tmp_path, reference):
-    flips = ["evaluation.every=40", "evaluation.episodes=2", "logger.every=80", "name=other",
+    flips = ["eval.every=40", "eval.episodes=2", "logger.every=80", "name=other",
              "logger.mode=offline", "logger.project=other", "logger.progress=true"]  # fmt: skip
     assert small(tmp_path / "a", *flips)[0] == reference[0]
-    assert small(tmp_path / "b", "evaluation.every=0")[0] == reference[0]
+    assert small(tmp_path / "b", "eval.every=0")[0] == reference[0]
 
 
 def test_every_key_is_read(tmp_path, monkeypatch):

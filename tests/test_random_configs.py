@@ -46,7 +46,7 @@ def test_a_valid_configuration_trains(tmp_path_factory, chosen):
     length = chosen.get("replay_buffer.batch_length", 8)
     run = tmp_path_factory.mktemp("random") / "run"
     _, rows = small(run, *flags, f"replay_buffer.batch_size={2 * length}",
-                    "collector.total_steps=80", "evaluation.every=0")  # fmt: skip
+                    "collector.total_steps=80", "eval.every=0")  # fmt: skip
     assert rows[-1]["updates"] == 2
 
 

@@ -97,7 +97,7 @@ def test_the_oldest_rows_are_overwritten(tmp_path):
 def test_a_step_takes_at_most_12_6_kilobytes(tmp_path):
     flags = "env.from_pixels=true", "env.name=quadruped", "env.task=walk", "env.time_limit=100"
     small(tmp_path / "run", *flags, "collector.total_steps=400", "collector.random_steps=400",
-          "evaluation.every=0")  # fmt: skip
+          "eval.every=0")  # fmt: skip
     files = (tmp_path / "run" / "replay").glob("*.memmap")
     used = sum(path.stat().st_blocks * 512 for path in files)
     assert used <= 12_600 * 204  # 4 episodes of 51 rows

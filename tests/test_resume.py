@@ -96,7 +96,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
-    flags = "evaluation.every=0", "logger.every=40"
+    flags = "eval.every=0", "logger.every=40"
     small(tmp_path / "long", *flags)
     small(tmp_path / "short", *flags, "collector.total_steps=160")
     _, rows = small(tmp_path / "short", *flags, "collector.total_steps=240")
