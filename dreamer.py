@@ -35,7 +35,7 @@ import math
 import hydra
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, softplus
 
 import dreamer_utils as utils
 
@@ -68,8 +68,10 @@ def along_time(steps):
 
 def log_normal(target, mean, event_dims=0):
     """ln N(target; mean, 1), summed over the last `event_dims` dimensions; any shape."""
-    log_prob = -0.5 * (target - mean).square() - 0.5 * math.log(2 * math.pi)
-    return log_prob.flatten(-event_dims).sum(-1) if event_dims else log_prob
+    error = mse_loss(mean, target, reduction="none")  # one pass over the images, and one back
+    size = math.prod(error.shape[error.dim() - event_dims :])
+    error = error.flatten(-event_dims).sum(-1) if event_dims else error
+    return -0.5 * (error + size * math.log(2 * math.pi))
 
 def normal_entropy(std):
     """Entropy of a Gaussian with independent dimensions, in nats: [..., S] -> [...]."""
@@ -211,25 +213,25 @@ def behavior_learning(agent, posterior, noise, hp):
         "behavior/action_entropy": -action_log_prob(mean, std, noise["action"]).mean(),
     }
 
-def compute_losses(agent, batch, noise, hp):
-    """The losses of theta, phi and psi at the same parameters, and metrics; all scalars."""
-    model, posterior, dynamics = dynamics_learning(agent.world_model, batch, noise, hp)
-    actor, value, behavior = behavior_learning(agent, posterior, noise, hp)
-    return {"world_model": model, "actor": actor, "value": value}, dynamics | behavior
-
-def update(losses_of, agent, optimizers, batch, noise, hp):
+def update(learning, agent, optimizers, batch, noise, hp):
     """Algorithm 1, one of the C update steps: theta, phi and psi follow their own losses.
 
-    `losses_of` is `compute_losses`, or the same made fast. All gradients come before any step.
+    `learning` is `LEARNING`, or the same made fast. All gradients come before any step, that of
+    theta before the dreams: by then its images need no memory any more.
     """
-    losses, metrics = losses_of(agent, batch, noise, hp)
-    optimizers["value"].differentiate(losses["value"], shared=True)  # v_t is in both losses
-    optimizers["actor"].differentiate(losses["actor"])
-    optimizers["world_model"].differentiate(losses["world_model"])
+    dynamics_of, behavior_of = learning
+    loss, posterior, dynamics = dynamics_of(agent.world_model, batch, noise, hp)
+    optimizers["world_model"].differentiate(loss)
+    actor, value, behavior = behavior_of(agent, posterior, noise, hp)
+    optimizers["value"].differentiate(value, shared=True)  # v_t is in both losses
+    optimizers["actor"].differentiate(actor)
+    metrics = dynamics | behavior
     metrics["world_model/grad_norm"] = optimizers["world_model"].step()
     metrics["behavior/actor_grad_norm"] = optimizers["actor"].step()
     metrics["behavior/value_grad_norm"] = optimizers["value"].step()
     return {name: metric.detach() for name, metric in metrics.items()}
+
+LEARNING = dynamics_learning, behavior_learning
 
 def draw_noise(B, L, hp, world_model):
     """The standard normal noise of one update: of `observe`, then of `imagine`."""
@@ -288,7 +290,7 @@ def train(cfg):
     collect = functools.partial(collection_policy, scale=cfg.collector.exploration_noise)
     with utils.Run(cfg, collect, evaluation_policy) as run:
         hp, agent, replay, clock = cfg.optimization, run.agent, run.replay, run.logger.clock
-        losses_of = utils.accelerate(compute_losses, run.device, run.autocast)
+        learning = utils.accelerate(LEARNING, run.device, run.autocast)
 
         while True:
             # Dynamics learning and behaviour learning, C update steps.
@@ -296,7 +298,7 @@ def train(cfg):
                 due = updates_due(run.step, cfg.collector, hp)
                 for batch in replay.batches(due - run.updates):
                     noise = draw_noise(*batch.shape, hp, agent.world_model)
-                    metrics = update(losses_of, agent, run.optimizers, batch, noise, hp)
+                    metrics = update(learning, agent, run.optimizers, batch, noise, hp)
                     run.learned(batch, metrics)
                     if run.signal:
                         break

@@ -564,7 +564,7 @@ class WorldModel(nn.Module):
         dtype = self.prior.rnn.weight_ih.dtype
         if not self.pixels:
             return observation.to(dtype)
-        return observation.movedim(-1, -3).to(dtype) / 255 - 0.5
+        return observation.movedim(-1, -3).to(dtype, copy=True).div_(255).sub_(0.5)
 
     def initial(self, n):
         """The zero state [n, S] and belief [n, D] that sequences and episodes start from."""
@@ -699,16 +699,35 @@ def compile_steps(agent, cfg, device):
     for model in agent.world_model.prior, agent.world_model.posterior, agent.actor:
         model.compile(dynamic=False, mode=mode if mode == "reduce-overhead" else None)
 
-def accelerate(function, device, dtype):
-    """The same function under autocast: the only place that knows about precision."""
+@contextlib.contextmanager
+def constant(model):
+    """Holds the parameters constant inside: compiled steps would give them gradients that nobody
+    wants, where others leave those out by themselves (and cast constants anew in every step)."""
+    held = list(model.parameters()) if model.prior._compiled_call_impl else ()
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
-    @functools.wraps(function)
-    def accelerated(*args):
+def accelerate(learning, device, dtype):
+    """The same dynamics and behaviour learning under autocast, theta constant in the latter: the
+    only place that knows about precision."""
+    dynamics_learning, behavior_learning = learning
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+
+    def dynamics(*args):
         torch.compiler.cudagraph_mark_step_begin()  # for `optimization.compile=reduce-overhead`
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return function(*args)
+        with autocast():
+            return dynamics_learning(*args)
 
-    return accelerated
+    def behavior(agent, *args):
+        with autocast(), constant(agent.world_model):
+            return behavior_learning(agent, *args)
+
+    return dynamics, behavior
 
 # --- Acting and replay ---------------------------------------------------------------------------
 class Policy(TensorDictModuleBase):
@@ -888,9 +907,10 @@ class Replay:
         ahead = self.ahead.submit(self.sample) if count > 0 else None
         for following in reversed(range(count)):
             batch, self.drawn = ahead.result(), self.generator.get_state()
-            if following:
+            batch = batch.to(self.device, non_blocking=True)
+            if following:  # last, for the two threads share one interpreter
                 ahead = self.ahead.submit(self.sample)
-            yield batch.to(self.device, non_blocking=True)
+            yield batch
 
     def sample(self):
         """A batch [B, L] in memory; `UserError` if no episode is that long."""

@@ -44,7 +44,7 @@ def row(name, task):
              "terminated": sequences["next", "terminated"].squeeze(-1)}  # fmt: skip
     noise = dreamer.draw_noise(2, 50, cfg.optimization, agent.world_model)
     optimizers = utils.build_optimizers(cfg.optimization, agent)
-    parts = dreamer.compute_losses, agent, optimizers, batch, noise, cfg.optimization
+    parts = dreamer.LEARNING, agent, optimizers, batch, noise, cfg.optimization
     loss = dreamer.update(*parts)["world_model/loss"]
     assert torch.isfinite(loss)
     bounds = f"[{space.low.min():g}, {space.high.max():g}]"

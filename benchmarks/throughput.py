@@ -2,8 +2,8 @@
 
 Sections (`--only floor,update`): what the arithmetic alone costs (`floor`), one update of ours and
 of the library's way (`update`), ours with one thing switched off (`ablation`), one step of
-experience (`collection`), one batch from disk (`replay`), and from a fresh process to the first
-update (`start`), on the CPU or on CUDA. The numbers go to `benchmarks/results/throughput.json`,
+experience (`collection`), one batch from disk (`replay`), from a fresh process to the first
+update (`start`), and what a whole run does besides (`loop`), on the CPU or on CUDA. The numbers go to `benchmarks/results/throughput.json`,
 and as tables to the `.md` beside it.
 
 Every variant is a process of its own, because allocator settings are process-wide, and stays
@@ -36,7 +36,7 @@ ROOT = HERE.parent
 sys.path[:0] = [path for path in (str(ROOT), str(HERE)) if path not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the processes that are started here
 
-SECTIONS = ("floor", "update", "ablation", "collection", "replay", "start")
+SECTIONS = ("floor", "update", "ablation", "collection", "replay", "start", "loop")
 PHASES = ("dynamics forward", "dynamics backward", "behavior forward", "behavior backward",
           "optimizer")  # fmt: skip
 GFLOP = 880  # of one update from pixels: 50 x 50 frames, 2500 dreams of 15 steps, nothing wasted
@@ -490,17 +490,16 @@ def build_ours(variant, cfg, observation, batch, length, device, dtype, clock):
     utils.compile_steps(agent, cfg, device)
     if "without" in variant:
         WITHOUT[variant["without"]](agent, optimizers)
-    for block, name in (("dynamics_learning", PHASES[0]), ("behavior_learning", PHASES[2])):
-        setattr(dreamer, block, clock.after(getattr(dreamer, block), name))
     for part, optimizer in optimizers.items():
         name = PHASES[1] if part == "world_model" else PHASES[3]
         optimizer.differentiate = clock.after(optimizer.differentiate, name)
         optimizer.step = clock.after(optimizer.step, PHASES[4])
-    losses_of = utils.accelerate(dreamer.compute_losses, device, dtype)
+    learning = utils.accelerate(dreamer.LEARNING, device, dtype)
+    learning = [clock.after(block, name) for block, name in zip(learning, PHASES[::2])]
 
     def update():
         noise = dreamer.draw_noise(batch, length, cfg.optimization, agent.world_model)
-        metrics = dreamer.update(losses_of, agent, optimizers, data, noise, cfg.optimization)
+        metrics = dreamer.update(learning, agent, optimizers, data, noise, cfg.optimization)
         return [metric for name, metric in metrics.items() if name.endswith("loss")]
 
     return update
@@ -811,6 +810,71 @@ def measure_start(args, report):
 
 
 # -------------------------------------------------------------------------------------------------
+# loop: what a run does besides updating and acting
+
+
+def build_loop(device, threads, overrides):
+    """A short run with the laptop preset's sizes, whose updates and environment are timed."""
+    import dreamer
+    import dreamer_utils as utils
+
+    set_threads(threads)
+    spent = {"updates": 0.0, "environment": 0.0}
+
+    def timed(function, part):
+        def clocked(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(utils.resolve_device(device))
+            spent[part] += time.perf_counter() - start
+            return result
+
+        return clocked
+
+    class Run(utils.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.started = time.perf_counter()
+            self.interaction = iter(self.interaction)
+            following = timed(lambda: next(interaction), "environment")
+            interaction, self.interaction = self.interaction, iter(following, None)
+
+        def __exit__(self, *args):
+            spent["wall"] = time.perf_counter() - self.started
+            super().__exit__(*args)
+
+    update, original = dreamer.update, utils.Run
+
+    def measure(repeats):
+        spent.update(updates=0.0, environment=0.0)
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = configuration(f"run_dir={folder}/run", f"device={device}", *overrides)
+            dreamer.update, utils.Run = timed(update, "updates"), Run
+            try:
+                dreamer.train(cfg)
+            finally:
+                dreamer.update, utils.Run = update, original
+        rest = spent["wall"] - spent["updates"] - spent["environment"]
+        return {"seconds": rest / spent["wall"], "wall": spent["wall"]}
+
+    return measure
+
+
+def measure_loop(args, report):
+    """The share of the wall time that is neither an update nor the environment."""
+    import yaml
+
+    preset = yaml.safe_load((ROOT / "config_laptop.yaml").read_text())
+    keys = ("replay_buffer", "networks", "optimization")
+    overrides = [f"{group}.{k}={v}" for group in keys for k, v in preset.get(group, {}).items()]
+    overrides += ["collector.total_steps=6_000", "eval.every=0", "checkpoint.every=6_000",
+                  "optimization.pretrain=20"]  # fmt: skip
+    common = {"device": args.device, "threads": args.threads, "overrides": overrides}
+    runs = [build_loop(**common)(1) for _ in range(1 if args.quick else 3)]
+    report["loop"] = {"rows": {"neither updates nor environment": summary(runs)}}
+
+
+# -------------------------------------------------------------------------------------------------
 # Report
 
 
@@ -906,6 +970,9 @@ def markdown(report):
         parts += ["## From a fresh process to the first update\n"]
         parts += [f"`python dreamer.py {' '.join(report['start']['overrides'])}`\n"]
         parts += [statistics_table(report["start"]["rows"], "s", 1)]
+    if "loop" in report:
+        parts += ["## What a run does besides, without evaluation: per cent of the wall time\n"]
+        parts += [statistics_table(report["loop"]["rows"], "%", 100)]
     return "\n".join(parts)
 
 
@@ -943,6 +1010,7 @@ def main():
         measure_collection,
         measure_replay,
         measure_start,
+        measure_loop,
     )
     for section, measure in zip(SECTIONS, measures):
         if section in args.only:

@@ -21,8 +21,10 @@ def one_update(dtype, *overrides):
              "action": torch.rand(2, 4, 2), "reward": torch.rand(2, 4),
              "terminated": torch.zeros(2, 4, dtype=torch.bool)}  # fmt: skip
     noise = dreamer.draw_noise(2, 4, cfg.optimization, agent.world_model)
-    losses_of = utils.accelerate(dreamer.compute_losses, CPU, dtype)
-    losses, metrics = losses_of(agent, batch, noise, cfg.optimization)
+    dynamics_of, behavior_of = utils.accelerate(dreamer.LEARNING, CPU, dtype)
+    loss, posterior, metrics = dynamics_of(agent.world_model, batch, noise, cfg.optimization)
+    actor, value, more = behavior_of(agent, posterior, noise, cfg.optimization)
+    losses, metrics = {"world_model": loss, "actor": actor, "value": value}, metrics | more
     losses["world_model"].backward()
     gradients = [p.grad.flatten() for p in agent.world_model.parameters() if p.grad is not None]
     return losses, metrics, torch.cat(gradients)
