@@ -179,6 +179,7 @@ def dynamics_learning(world_model, batch, noise, hp):
         "world_model/observation_loss": -image_log_prob.mean(),
         "world_model/reward_loss": -reward_log_prob.mean(),
         "world_model/kl": kl.mean(),
+        "world_model/kl_at_floor": (kl.mean() <= hp.free_nats).to(kl.dtype),
         "world_model/prior_entropy": normal_entropy(prior["std"]).mean(),
         "world_model/posterior_entropy": normal_entropy(posterior["std"]).mean(),
     }
@@ -277,6 +278,120 @@ def evaluation_policy(agent, observation, action, state, belief, noise):
     state, belief = filter_state(agent.world_model, observation, action, state, belief, noise)
     return most_likely_action(*agent.actor(state, belief), noise["action"]), state, belief
 
+# --- Is the dream true? Compared with a real episode; nothing here changes what is learned -------
+def follow(world_model, choose, state, belief, noise):
+    """Eq. (1), the transition model alone: [n, S], [n, D], noise [n, K, S] -> states [n, K, S],
+    beliefs [n, K, D] after the actions `choose(t, state, belief)` [n, A]."""
+    steps = []
+    for t in range(noise.shape[1]):
+        past = state, belief, choose(t, state, belief)
+        _, _, state, belief = world_model.prior(*past, noise[:, t])
+        steps.append((state, belief))
+    return tuple(torch.stack(values, 1) for values in zip(*steps))
+
+def given(action):
+    """Actions [n, K, A] as `follow` wants them."""
+    return lambda t, state, belief: action[:, t]
+
+def chosen(actor, action_dim, samples=100):
+    """Those of the evaluation policy."""
+
+    def choose(t, state, belief):
+        noise = torch.randn(samples, len(state), action_dim, device=state.device)
+        return most_likely_action(*actor(state, belief), noise)
+
+    return choose
+
+def calibration(reward, value, gamma, lambda_):
+    """How far v_t is above the lambda-return, Eq. (6), of real rewards: 0 if all values are true,
+    c if all are c too high. [n, T] each -> the difference [n, T-1], and its mean.
+
+    V_t contains later values, which hide a part of an error that all values share. So the mean
+    is divided by the share of V_t for which the rewards alone account.
+    """
+    discount = torch.full_like(value, gamma)
+    target = lambda_return(reward, value, discount, lambda_)
+    borrowed = lambda_return(torch.zeros_like(reward), torch.ones_like(value), discount, lambda_)
+    above = value[:, :-1] - target
+    return above, above.sum() / (1 - borrowed).sum()
+
+def open_loop_errors(world_model, observation, action, reward, context):
+    """What the model predicts beyond `context` rows from the real actions, step by step.
+
+    Args:
+        observation: [n, L, ...], action [n, L, A], reward [n, L], rows of real episodes.
+    Returns:
+        predicted observations [n, L, ...], and {name: [L - context]}: mean squared errors of the
+        observation and absolute ones of the reward, of the model and of repeating the last row.
+    """
+    truth = world_model.preprocess(observation)
+    sizes = *action.shape[:2], world_model.sizes["state"]
+    noise = {name: torch.randn(sizes, device=truth.device) for name in ("prior", "posterior")}
+    embedding = world_model.encoder(truth[:, :context])
+    _, seen = observe(world_model, embedding, action[:, :context], noise)
+    last = (seen[name][:, -1] for name in ("state", "belief"))
+    after = follow(world_model, given(action[:, context:]), *last, noise["prior"][:, context:])
+    features = [torch.cat([seen[name], then], 1) for name, then in zip(("state", "belief"), after)]
+    predicted, gain = world_model.decoder(*features), world_model.reward(*features).squeeze(-1)
+    now = slice(context - 1, context)
+    errors = {"observation_error": predicted - truth, "copied_observation": truth[:, now] - truth}
+    errors = {name: error.square().flatten(2).mean((0, 2)) for name, error in errors.items()}
+    errors["reward_error"] = (gain - reward).abs().mean(0)
+    errors["copied_reward"] = (reward[:, now] - reward).abs().mean(0)
+    return predicted, {name: error[context:] for name, error in errors.items()}
+
+def diagnose(agent, episode, hp, context=5, length=50, sequences=6):
+    """Model and critic against an episode of the evaluation policy.
+
+    Args:
+        episode: `observation` [T+1, ...], `action` [T, A], `reward` [T], and the agent's filtered
+            `state` [T, S], `belief` [T, D]; `reward[t]` came after `action[t]`.
+    Returns:
+        metrics, {name: list} curves, and the predicted observations with their first rows.
+    """
+    world_model, reward, T = agent.world_model, episode["reward"], len(episode["reward"])
+    rows = {name: torch.cat([torch.zeros_like(episode[name][:1]), episode[name]])
+            for name in ("action", "reward")}  # fmt: skip
+    L, H = min(length, T + 1), min(hp.horizon, T)
+    first = torch.linspace(0, T + 1 - L, sequences).long()
+    index = first[:, None] + torch.arange(L)
+    windows = episode["observation"][index], rows["action"][index], rows["reward"][index]
+    predicted, curves = open_loop_errors(world_model, *windows, min(context, L - 1))
+
+    start = episode["state"][: T - H + 1], episode["belief"][: T - H + 1]
+    noise = torch.randn(len(start[0]), H, start[0].shape[1], device=reward.device)
+    dreams = follow(world_model, chosen(agent.actor, rows["action"].shape[1]), *start, noise)
+    curves["imagined_return"] = world_model.reward(*dreams).flatten(1).sum(1)
+    curves["real_return"] = reward.unfold(0, H, 1).sum(1)
+
+    curves["value"] = agent.value(episode["state"][1:], episode["belief"][1:]).squeeze(-1)
+    inputs = reward[None, : T - 1], curves["value"][None], hp.gamma, hp.lambda_
+    curves["value_above_target"], bias = calibration(*inputs)
+    metrics = {f"world_model/open_loop_{name}": curves[name].mean() for name in (
+        "observation_error", "copied_observation", "reward_error", "copied_reward")}  # fmt: skip
+    gap = curves["imagined_return"].mean() - curves["real_return"].mean()
+    saturated = (episode["action"].abs() > 0.99).to(reward.dtype).mean()
+    metrics |= {"behavior/return_gap": gap, "behavior/value_bias": bias,
+                "behavior/action_saturation": saturated}  # fmt: skip
+    metrics = {name: value.item() for name, value in metrics.items()}
+    return metrics, {k: curve.flatten().tolist() for k, curve in curves.items()}, predicted, first
+
+def picture(agent, episode, row, length):
+    """What the agent sees in an episode, and what it dreams from the state at `row` on: {name:
+    (observation, reward)}, `filtered` of rows 0 .. T-1, and of the `length` rows after `row` the
+    `open_loop` with the real actions, and the `dream` with those of the policy."""
+    world_model, action = agent.world_model, episode["action"]
+    states = episode["state"], episode["belief"]
+    start = [value[row : row + 1] for value in states]
+    noise = torch.randn(1, length, states[0].shape[1], device=action.device)
+    ways = {"open_loop": given(action[None, row:]), "dream": chosen(agent.actor, action.shape[1])}
+    ways = {name: follow(world_model, way, *start, noise) for name, way in ways.items()}
+    ways = {name: [value[0] for value in way] for name, way in ways.items()} | {"filtered": states}
+    return {name: (world_model.decoder(*way), world_model.reward(*way).squeeze(-1))
+            for name, way in ways.items()}  # fmt: skip
+
+EVALUATION = evaluation_policy, diagnose, picture
+
 # --- Algorithm 1 ---------------------------------------------------------------------------------
 def updates_due(step, collector, hp):
     """Updates that belong to `step` environment steps: none before the seed episodes are there,
@@ -288,7 +403,7 @@ def updates_due(step, collector, hp):
 def train(cfg):
     """Algorithm 1; returns the trained agent."""
     collect = functools.partial(collection_policy, scale=cfg.collector.exploration_noise)
-    with utils.Run(cfg, collect, evaluation_policy) as run:
+    with utils.Run(cfg, collect, EVALUATION) as run:
         hp, agent, replay, clock = cfg.optimization, run.agent, run.replay, run.logger.clock
         learning = utils.accelerate(LEARNING, run.device, run.autocast)
 
@@ -320,7 +435,10 @@ def main(cfg):
         cfg = utils.load_config(cfg)
         if cfg.doctor:
             raise SystemExit(0 if utils.doctor(cfg, train) else 1)
-        train(cfg)
+        if cfg.eval.checkpoint:
+            utils.evaluate(cfg, EVALUATION)
+        else:
+            train(cfg)
     except (utils.UserError, OSError) as error:
         raise SystemExit(f"error: {utils.explain(error)}") from None
     except KeyboardInterrupt:

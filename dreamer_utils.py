@@ -2,16 +2,21 @@
 replay, evaluation, logging. Each part is TorchRL's own, set by its own knobs."""
 
 import contextlib
+import csv
 import ctypes
 import errno
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import logging
 import math
 import os
+import platform
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +37,7 @@ import dm_env
 import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tensordict import MemoryMappedTensor, TensorDict
@@ -94,6 +100,12 @@ LOWEST = {"env.camera": -1, "replay_buffer.batch_length": 2, "optimization.horiz
         "optimization.train_ratio", "optimization.kl_scale", "optimization.free_nats",
         "optimization.gamma", "optimization.lambda_", "optimization.discount_scale")}
 
+def quoted(words):
+    """To Hydra, the comma of eval.dream_from=EPISODE,STEP would be a sweep, but for quotes."""
+    return [re.sub(r"^(eval\.dream_from)=(\d+,\d+)$", r"\1='\2'", word) for word in words]
+
+sys.argv[:] = quoted(sys.argv)
+
 def load_config(cfg):
     """Turns Hydra's config into a dataclass; `UserError` names the first thing that is wrong."""
     try:
@@ -121,6 +133,7 @@ def check_value(key, value):
 def check_combinations(config):
     """Raises `UserError` where single values are fine but do not go together."""
     env, collector, replay = config.env, config.collector, config.replay_buffer
+    evaluation = config.eval
     rows = env.time_limit // env.action_repeat + 1  # of an episode: its agent steps and the reset
     episodes = env.n_parallel_envs * env.time_limit
     rules = [
@@ -137,8 +150,14 @@ def check_combinations(config):
          f" training starts: raise it above random_steps={collector.random_steps}"),
         (replay.capacity >= collector.random_steps, "replay_buffer.capacity cannot hold the"
          f" {collector.random_steps} steps of collector.random_steps: raise it"),
-        (env.from_pixels or not config.logger.video,
-         "logger.video=true needs env.from_pixels=true: a state vector makes no film"),
+        (env.from_pixels or not (config.logger.video or evaluation.video or evaluation.dream_from),
+         "films need env.from_pixels=true, a state vector makes none: leave out logger.video,"
+         " eval.video and eval.dream_from"),
+        (evaluation.checkpoint or not (evaluation.video or evaluation.dream_from),
+         "eval.video and eval.dream_from need eval.checkpoint=...; films of training come with"
+         " logger.video=true"),
+        (re.fullmatch(r"(\d+,\d+)?", evaluation.dream_from),
+         f"eval.dream_from={evaluation.dream_from}: give EPISODE,STEP, e.g. 1,200"),
     ]
     for fine, sentence in rules:
         if not fine:
@@ -159,6 +178,10 @@ def write(path, save, value):
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+def write_text(path, text):
+    """`write` for text."""
+    write(path, lambda value, file: file.write(value), text.encode())
 
 def flat(config, prefix=""):
     """{dotted key: value} of nested dictionaries."""
@@ -210,34 +233,13 @@ class RunDirectory:
             raise UserError(f"{self.path} holds metrics but no config.yaml: put it back, or choose"
                             " another name=...")
 
-    def candidates(self):
-        """Paths of the checkpoints that are whole, the newest first; `UserError` if none is left.
-        One line for each that is damaged."""
-        found = sorted((self.path / "checkpoints").glob("checkpoint-*"), reverse=True)
-        for path in found:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    if broken := archive.testzip():
-                        raise DamageError(f"{broken} is damaged")
-                    checkpoints.Checkpoint.manifest(path)
-                yield path
-            except (DamageError, OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile,
-                    zlib.error) as error:  # all that a damaged archive can lead to
-                print(f"checkpoint {path} is damaged ({error}): trying the one before")
-        raise UserError(f"no checkpoint in {self.path / 'checkpoints'} can be loaded: restore one"
-                        " from a backup, or start anew with another name=...")
-
-    def load(self, path, **parts):
-        """Gives the parts the state that they had when `path` was saved."""
-        self.build(parts).load(path, map_location="cpu")
-
     def save(self, step, episodes, **parts):
         """Writes the parts aside, then renames; returns the least `episodes` that is kept."""
         metadata = {"step": step, "episodes": episodes, "config": self.config}
         rotation = checkpoints.CheckpointRotation(
             self.path / "checkpoints", keep_last=self.cfg.checkpoint.keep)
         try:
-            path = rotation.save(self.build(parts), step=step, metadata=metadata)
+            path = rotation.save(checkpoint_of(parts), step=step, metadata=metadata)
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 os.fsync(file.fileno())
                 if archive.testzip():
@@ -249,13 +251,37 @@ class RunDirectory:
         kept = [checkpoints.Checkpoint.manifest(path) for path in rotation.checkpoints()]
         return min(manifest["metadata"]["episodes"] for manifest in kept)
 
-    def build(self, parts):
-        """TorchRL's checkpoint of these parts, one checksummed file."""
-        whole = checkpoints.Checkpoint(format="archive")
-        for name, part in parts.items():
-            adapter = checkpoints.StateDictCheckpointAdapter("torch")
-            whole.register(name, part, adapter=adapter)
-        return whole
+def whole_checkpoints(found):
+    """Paths of those checkpoints of a run directory, or of a list, that are whole, the newest
+    first; `UserError` if none is left. One line for each that is damaged."""
+    place = found
+    if isinstance(found, Path):
+        place = found / "checkpoints"
+        found = sorted(place.glob("checkpoint-*"), reverse=True)
+    for path in found:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise DamageError(f"{broken} is damaged")
+                checkpoints.Checkpoint.manifest(path)
+            yield path
+        except (DamageError, OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile,
+                zlib.error) as error:  # all that a damaged archive can lead to
+            print(f"checkpoint {path} is damaged ({error}): trying the one before")
+    raise UserError(f"no checkpoint in {place} can be loaded: restore one from a backup, or start"
+                    " anew with another name=...")
+
+def load_checkpoint(path, **parts):
+    """Gives the parts the state that they had when `path` was saved."""
+    checkpoint_of(parts).load(path, map_location="cpu")
+
+def checkpoint_of(parts):
+    """TorchRL's checkpoint of these parts, one checksummed file."""
+    whole = checkpoints.Checkpoint(format="archive")
+    for name, part in parts.items():
+        adapter = checkpoints.StateDictCheckpointAdapter("torch")
+        whole.register(name, part, adapter=adapter)
+    return whole
 
 # --- Environments --------------------------------------------------------------------------------
 GL_PROBE = (
@@ -742,11 +768,15 @@ class Policy(TensorDictModuleBase):
         super().__init__()
         self.agent, self.rule, self.samples, self.random_steps = agent, rule, samples, 0
 
+    def device(self):
+        """Where the agent is."""
+        return self.agent.world_model.prior.rnn.weight_ih.device
+
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # a single step is not worth another compilation
     def forward(self, tensordict):
         lead, size = tensordict.batch_size, self.agent.world_model.sizes
-        device, n = self.agent.world_model.prior.rnn.weight_ih.device, lead.numel()
+        device, n = self.device(), lead.numel()
         inputs = [tensordict[key].to(device) for key in self.in_keys]
         inputs = inputs if lead else [value[None] for value in inputs]
         shapes = {"prior": (n, size["state"]), "posterior": (n, size["state"]),
@@ -921,7 +951,7 @@ class Replay:
         batch = self.buffer.sample().reshape(-1, self.length)
         return batch.exclude("episode", "index")
 
-# --- Evaluation and logging: nothing here changes what is learned --------------------------------
+# --- Evaluation: nothing here changes what is learned --------------------------------------------
 @contextlib.contextmanager
 def one_thread():
     """One PyTorch thread while acting: idle ones spin, which slows a software renderer."""
@@ -933,27 +963,222 @@ def one_thread():
         torch.set_num_threads(threads)
 
 class Evaluation:
-    """Plays episodes with the evaluation policy, in an environment and with noise of its own."""
+    """Plays episodes with the evaluation policy, in an environment and with noise of its own, and
+    compares the first one with what model and critic say of it. `rules`: dreamer.EVALUATION."""
 
-    def __init__(self, cfg, policy):
-        self.cfg, self.policy, self.seeds = cfg, policy, EpisodeSeeds(cfg.seed, EVALUATION)
+    def __init__(self, cfg, agent, rules):
+        rule, self.diagnose, self.picture = rules
+        self.cfg, self.agent, self.policy = cfg, agent, Policy(agent, rule, (100,))
+        self.seeds = EpisodeSeeds(cfg.seed, EVALUATION)
         self.env = make_env(cfg.env, [self.seeds], cfg.networks)
 
-    def __call__(self, step):
-        """Metrics, and observations [T+1, ...] of the first episode; a step has its episodes."""
-        repeat = self.cfg.env.action_repeat
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # the same bits, whether training is compiled or not
+    def __call__(self, step, films=False, dream_from=None):
+        """Metrics, curves {name: list}, episodes (see `play`), and {name: what there is to draw}.
+        A step has its episodes, however many are asked for."""
+        pictures, hp = {}, self.cfg.optimization
         with one_thread(), torch.random.fork_rng():
             self.seeds.episode = step
             torch.manual_seed(next(self.seeds))
-            episodes = [self.env.rollout(self.cfg.env.time_limit // repeat, self.policy)
-                        for _ in range(self.cfg.eval.episodes)]
-        returns = [episode["next", "reward"].double().sum().item() for episode in episodes]
-        length = sum(len(episode) for episode in episodes) * repeat / len(episodes)
-        metrics = {"eval/return": sum(returns) / len(returns), "eval/length": length,
-                   "eval/return_std": float(np.std(returns))}
-        one = episodes[0]
-        return metrics, torch.cat([one["observation"][:1], one["next", "observation"]])
+            episodes = [self.play() for _ in range(self.cfg.eval.episodes)]
+            returns = [episode["reward"].double().sum().item() for episode in episodes]
+            steps = sum(len(episode["reward"]) for episode in episodes) / len(episodes)
+            metrics = {"eval/return": sum(returns) / len(returns),
+                       "eval/length": steps * self.cfg.env.action_repeat,
+                       "eval/return_std": float(np.std(returns))}
+            torch.manual_seed(step)
+            curves, one = {}, episodes[0]
+            if (length := len(one["reward"])) > 2:
+                honesty, curves, *windows = self.diagnose(self.agent, one, hp)
+                metrics |= honesty
+                if films:
+                    context = min(CONTEXT, length - 1)
+                    dream = self.picture(self.agent, one, context - 1, length - context + 1)
+                    pictures |= {"open_loop": (one, *windows), "dream": (one, context, dream)}
+            if dream_from:
+                pictures["dream_from"] = self.dream_from(episodes, *dream_from)
+        pictures |= {f"evaluation_{i}": episode for i, episode in enumerate(episodes, 1) if films}
+        return metrics, curves | {"return": returns}, pictures
 
+    def play(self):
+        """An episode: `observation` [T+1, ...], `action` [T, A], `reward` [T], and the filtered
+        `state` [T, S] and `belief` [T, D] from which the actions were chosen."""
+        limit = self.cfg.env.time_limit // self.cfg.env.action_repeat
+        steps = self.env.rollout(limit, self.policy)
+        after, device = steps["next"], self.policy.device()
+        episode = {"observation": torch.cat([steps["observation"][:1], after["observation"]]),
+                   "action": steps["action"], "reward": after["reward"].flatten(),
+                   "state": after["state"], "belief": after["belief"]}  # fmt: skip
+        return {name: value.to(device) for name, value in episode.items()}
+
+    def dream_from(self, episodes, number, row):
+        """The episode, the row, and what is dreamed from there: at most 45 rows."""
+        if not 1 <= number <= len(episodes):
+            raise UserError(f"eval.dream_from: there are episodes 1 to {len(episodes)}: choose one"
+                            " of these, or raise eval.episodes")
+        episode, repeat = episodes[number - 1], self.cfg.env.action_repeat
+        last = len(episode["reward"]) - 2
+        if not 0 <= row // repeat <= last:
+            raise UserError(f"eval.dream_from: episode {number} can be left at the steps 0 to"
+                            f" {last * repeat}: choose one of these")
+        row //= repeat
+        length = min(45, len(episode["reward"]) - row)
+        return episode, row, self.picture(self.agent, episode, row, length)
+
+# --- Films and panels: drawn beside training, from what an evaluation kept -----------------------
+CONTEXT = 5  # rows that the model has seen before it is left alone
+SEEN, DREAMED = (0, 160, 0), (255, 128, 0)  # border of a frame that it has seen, that it predicts
+
+def decoded(images):
+    """Decoder output [..., 3, h, w] in +-0.5 -> uint8 [..., h, w, 3]."""
+    return ((images + 0.5) * 255).round().clamp(0, 255).byte().movedim(-3, -1).cpu()
+
+def framed(frames, context):
+    """[T, h, w, 3] -> [T, h+4, w+4, 3]: a border that tells the first `context` frames apart."""
+    size = len(frames), frames.shape[1] + 4, frames.shape[2] + 4, 3
+    border = torch.tensor(DREAMED, dtype=torch.uint8).expand(size).clone()
+    border[:context] = torch.tensor(SEEN, dtype=torch.uint8)
+    border[:, 2:-2, 2:-2] = frames
+    return border
+
+def enlarged(frames, times=4):
+    """Every pixel as a square of `times` x `times`."""
+    return frames.repeat_interleave(times, -3).repeat_interleave(times, -2)
+
+def compared(truth, *models, context):
+    """Truth, models and the error of the last, one below the other: [T, h, w, 3] each, uint8."""
+    error = (models[-1].int() - truth.int()).abs().byte()
+    return torch.cat([framed(part, context) for part in (truth, *models, error)], 1)
+
+def evaluation_frames(episode):
+    """The episode as it was."""
+    return enlarged(episode["observation"].cpu())
+
+def dream_frames(episode, context, seen):
+    """The real episode, and beside it the one that the model dreams with the policy's actions."""
+    model = torch.cat([seen["filtered"][0][:context], seen["dream"][0]])
+    both = episode["observation"].cpu(), decoded(model)
+    return enlarged(torch.cat([framed(part, context) for part in both], 2), 3)
+
+def open_loop_frames(episode, predicted, first):
+    """Six sequences: truth, the model with the real actions, error."""
+    length, model = predicted.shape[1], decoded(predicted)
+    truth, context = episode["observation"].cpu(), min(CONTEXT, length - 1)
+    columns = [compared(truth[row : row + length], frames, context=context)
+               for row, frames in zip(first.tolist(), model)]  # fmt: skip
+    return enlarged(torch.cat(columns, 2), 2)
+
+FRAMES = {"evaluation": evaluation_frames, "dream": dream_frames, "open_loop": open_loop_frames}
+
+def write_film(path, frames, fps):
+    """Writes uint8 frames [T, h, w, 3] as an mp4, complete or not at all."""
+    from moviepy import ImageSequenceClip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    film = ImageSequenceClip(list(frames.numpy()), fps=fps)
+    film.write_videofile(str(aside), codec="libx264", logger=None)
+    os.replace(aside, path)
+
+def draw_film(path, name, picture, fps):
+    """Composes and writes one of `FRAMES`."""
+    parts = picture if isinstance(picture, tuple) else (picture,)
+    write_film(path, FRAMES[name.rstrip("0123456789_")](*parts), fps)
+
+def save_figure(figure, path):
+    """Writes a figure as PNG, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=100, format="png")
+    os.replace(aside, path)
+
+def lines(axis, title, xlabel, **curves):
+    """One panel with lines {label: (x, y, style)}."""
+    for label, (x, y, style) in curves.items():
+        axis.plot(x, y, style, label=label.replace("_", " "))
+    axis.set(title=title, xlabel=xlabel)
+    if curves:
+        axis.legend(fontsize="small")
+
+def draw_panel(path, curves, reference, free_nats):
+    """The state of a run in six panels: returns with the published ones, the free nats, and what
+    the model and the critic say against one real episode."""
+    from matplotlib.figure import Figure
+    rows = [json.loads(row) for row in path.with_name("metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    (top, bottom), steps = figure.subplots(2, 3), "environment steps"
+    def over(key):
+        return zip(*((row["environment_steps"], row[key]) for row in rows if key in row))
+
+    x, y = over("eval/return")
+    lines(top[0], "evaluation return", steps, ours=(x, y, "o-"))
+    if reference is not None:
+        near = reference[reference[:, 0] <= max(x[-1], reference[1, 0])].T
+        lines(top[0], "evaluation return", steps, published=(near[0], near[1], "k--"))
+        top[0].fill_between(near[0], near[2], near[3], color="k", alpha=0.1)
+    if any("world_model/kl" in row for row in rows):
+        x, y = over("world_model/kl")
+        lines(bottom[0], "KL of the model, nats", steps, kl=(x, y, "-"),
+              free_nats=((x[0], x[-1]), (free_nats,) * 2, "k:"))  # fmt: skip
+    if "value" in curves:
+        ahead = range(1, len(curves["reward_error"]) + 1)
+        for axis, what, title in ((top[1], "observation", "squared error of predicted frames"),
+                                  (bottom[1], "reward", "absolute error of predicted rewards")):
+            lines(axis, title, "steps without an observation",
+                  model=(ahead, curves[f"{what}_error"], "-"),
+                  last_row_repeated=(ahead, curves[f"copied_{what}"], "k--"))  # fmt: skip
+        now = range(len(curves["imagined_return"]))
+        lines(top[2], "rewards of the next steps", "agent step of the episode",
+              imagined=(now, curves["imagined_return"], "-"),
+              real=(now, curves["real_return"], "k--"))  # fmt: skip
+        target = np.subtract(curves["value"][:-1], curves["value_above_target"])
+        lines(bottom[2], "value against the real lambda-return", "agent step of the episode",
+              value=(range(len(target)), curves["value"][:-1], "-"),
+              lambda_return=(range(len(target)), target, "k--"))  # fmt: skip
+    save_figure(figure, path)
+
+def draw_dream(path, episode, row, dreams, fps, repeat):
+    """Real, reconstruction, open loop and error from `row` on, and rewards, as PNG and mp4."""
+    from matplotlib.figure import Figure
+    length, first = len(dreams["open_loop"][0]), max(row - CONTEXT + 1, 0)
+    context, rows = row + 1 - first, slice(first, row + 1 + length)
+    truth = episode["observation"].cpu()[rows]
+    filtered = decoded(dreams["filtered"][0])[rows]
+    filtered = torch.cat([filtered, truth.new_zeros(len(truth) - len(filtered), *IMAGE)])
+    model = torch.cat([filtered[:context], decoded(dreams["open_loop"][0])])
+    frames = compared(truth, filtered, model, context=context)
+    write_film(path.with_suffix(".mp4"), enlarged(frames, 3), fps)
+    shown = np.unique(np.r_[0, context - 1, np.linspace(context, len(frames) - 1, 9)].astype(int))
+    figure = Figure(figsize=(len(shown) * 1.1, 6.6), layout="constrained")
+    strip, axis = figure.subplots(2, 1, height_ratios=(2.2, 1))
+    strip.imshow(torch.cat([frames[i] for i in shown], 1).numpy(), interpolation="nearest")
+    size = IMAGE[0] + 4
+    strip.set_yticks([size * (i + 0.5) for i in range(4)],
+                     ["real", "seen", "open loop", "error"])  # fmt: skip
+    strip.set_xticks([size * (i + 0.5) for i in range(len(shown))], (first + shown) * repeat)
+    strip.set_xlabel("environment step (orange: the model alone, with the real actions)")
+    real, after = episode["reward"].cpu(), np.arange(row + 1, row + 1 + length) * repeat
+    before = np.arange(max(first, 1), row + 1) * repeat
+    lines(axis, "", "environment step",
+          real=(np.r_[before, after], real[max(first, 1) - 1 : row + length], "k--"),
+          open_loop=(after, dreams["open_loop"][1].cpu(), "-"),
+          dream_of_the_policy=(after, dreams["dream"][1].cpu(), ":"))  # fmt: skip
+    axis.set_ylabel("reward")
+    save_figure(figure, path)
+
+def published(env):
+    """The published curve of a task: rows (environment steps, mean, lowest, highest), or None."""
+    task = f"{env.name}_{env.task}".replace("ball_in_cup", "cup")
+    path = Path(__file__).with_name("benchmarks") / "published.csv"
+    if env.backend != "dm_control" or not path.exists():
+        return None
+    columns = "environment_steps", "mean", "lowest", "highest"
+    with path.open() as file:
+        rows = [[float(row[column]) for column in columns]
+                for row in csv.DictReader(file) if row["task"] == task]  # fmt: skip
+    return np.array(rows) if rows else None
+
+# --- Logging: nothing here changes what is learned -----------------------------------------------
 WITHOUT_WANDB = "or use logger.mode=offline (wandb sync sends it later), or logger.mode=disabled"
 
 def check_wandb(cfg):
@@ -985,34 +1210,38 @@ def start_wandb(cfg, directory, resumed):
 
 class Logger:
     """One row of metrics at a time, to metrics.jsonl and wandb, and a progress bar. Times go to
-    throughput.jsonl: the other file is the same to the byte, however often a run was stopped."""
+    throughput.jsonl: the other files are the same to the byte, however often a run was stopped."""
 
     KEPT = ("updates", "episodes", "seconds", "last_row", "evaluations", "wandb_id")
+    FILES = {"rows": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
 
     def __init__(self, cfg, directory, device):
         self.cfg, self.directory, self.device = cfg, directory, device
         self.hint = device.type == "cpu"
         self.updates, self.episodes, self.seconds = [], [], {}  # since the last row
         self.last_row, self.evaluations = 0, 0
-        names = "metrics.jsonl", "throughput.jsonl"
-        self.rows, self.times = ((directory / name).open("ab", buffering=0) for name in names)
+        for key, name in self.FILES.items():
+            setattr(self, key, (directory / name).open("ab", buffering=0))
         self.wandb, self.wandb_id = None, None
+        self.reference = published(cfg.env)
+        self.artist, self.drawings = ThreadPoolExecutor(1), []
         self.bar = tqdm(total=cfg.collector.total_steps, unit="step", smoothing=0.05,
                         disable=not cfg.logger.progress)
 
-    def start(self, step):
-        """Opens the dashboard and the progress bar at `step`."""
+    def start(self, step, about):
+        """Opens the dashboard and the progress bar at `step`; `about` the run goes with it."""
         cfg = self.cfg
         if cfg.logger.mode != "disabled":
             self.wandb = start_wandb(cfg, self.directory, self.wandb_id)
             self.wandb_id = self.wandb.id
             self.wandb.define_metric("*", step_metric="environment_steps")
+            self.wandb.config.update(about, allow_val_change=True)
         self.bar.update(step - self.bar.n)
 
     def state_dict(self):
         """What has not become a row yet, and how long the files are."""
-        kept = {key: getattr(self, key) for key in self.KEPT}
-        return kept | {"rows": self.rows.tell(), "times": self.times.tell()}
+        lengths = {key: getattr(self, key).tell() for key in self.FILES}
+        return {key: getattr(self, key) for key in self.KEPT} | {"lengths": lengths}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` gave; rows written after it are written again."""
@@ -1020,8 +1249,8 @@ class Logger:
             setattr(self, key, state[key])
         self.updates = [{name: value.to(self.device) for name, value in row.items()}
                         for row in self.updates]
-        for name in "rows", "times":
-            getattr(self, name).truncate(state[name])
+        for key, length in state["lengths"].items():
+            getattr(self, key).truncate(length)
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -1033,27 +1262,33 @@ class Logger:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def report(self, step, before, updates, evaluation):
-        """All that is due between the steps `before` and `step`: evaluation, video, one row."""
-        cfg, metrics, last = self.cfg, {}, step >= self.cfg.collector.total_steps
+        """All that is due between the steps `before` and `step`: evaluation, films, one row."""
+        cfg, metrics, curves, last = self.cfg, {}, {}, step >= self.cfg.collector.total_steps
         if self.episodes:
             shown = {"return": self.episodes[-1][0], "updates": updates}
             self.bar.set_postfix(shown, refresh=False)
         every = cfg.eval.every or step + 1
         if updates and (before // every != step // every or last and cfg.eval.every):
-            with self.clock("evaluate"):
-                scores, observations = evaluation(step)
-            metrics |= scores
-            self.bar.write(f"step {step:,}: evaluation return {scores['eval/return']:.1f}")
             self.evaluations += 1
-            if cfg.logger.video and self.evaluations % cfg.logger.video_every == 0:
-                self.video(step, observations)
+            films = cfg.logger.video and self.evaluations % cfg.logger.video_every == 0
+            with self.clock("evaluate"):
+                metrics, curves, pictures = evaluation(step, films=films)
+            self.bar.write(f"step {step:,}: evaluation return {metrics['eval/return']:.1f}")
+            for name, picture in pictures.items():
+                path = self.directory / "videos" / f"{name}_{step:09d}.mp4"
+                fps = 40 / cfg.env.action_repeat
+                self.draw(f"eval/{name}", path, draw_film, name, picture, fps)
         self.bar.update(step - before)
         if metrics or last or before // cfg.logger.every != step // cfg.logger.every:
-            self.write(step, updates, metrics)
+            self.write(step, updates, metrics, curves)
 
-    def write(self, step, updates, metrics):
+    def write(self, step, updates, metrics, curves):
         """Writes `metrics`, means over the updates and episodes since the last row, and times."""
         seconds, count = self.seconds, len(self.updates)
+        if curves and self.reference is not None and step <= self.reference[-1, 0]:
+            for name, column in zip(("mean", "lowest", "highest"), self.reference.T[1:]):
+                here = np.interp(step, self.reference[:, 0], column)
+                metrics[f"eval/published_{name}"] = float(here)
         if self.episodes:
             means = np.mean(self.episodes, 0).tolist()
             metrics |= {"train/return": means[0], "train/length": means[1]}
@@ -1066,38 +1301,120 @@ class Logger:
             times["throughput/updates_per_second"] = count / seconds["update"]
         counters = {"environment_steps": step, "agent_steps": step // self.cfg.env.action_repeat,
                     "updates": updates}
-        for file, row in (self.rows, metrics), (self.times, times):
-            file.write((json.dumps(counters | row) + "\n").encode())
+        short = {name: [float(f"{x:.5g}") for x in curve] for name, curve in curves.items()}
+        for file, row in (self.rows, metrics), (self.times, times), (self.curves, short):
+            if row:
+                file.write((json.dumps(counters | row) + "\n").encode())
         if self.wandb:
-            self.wandb.log(counters | metrics | times, step=step)
+            self.wandb.log(counters | metrics | times | self.drawn(), step=step)
+        if curves:
+            self.draw("eval/panel", self.directory / "panel.png", draw_panel, curves,
+                      self.reference, self.cfg.optimization.free_nats)  # fmt: skip
         if count and self.hint:
             self.hint = False  # once is enough
-            each = self.cfg.optimization.train_ratio * seconds["update"] / count + 1 / rate
-            hours = (self.cfg.collector.total_steps - step) * each / 3600
-            self.bar.write(f"about {hours:.1f} hours to go on this CPU" + (hours > 2) * (
-                "; a smaller run: python dreamer.py --config-name config_laptop"))
+            self.estimate(step, self.cfg.optimization.train_ratio * seconds["update"] / count
+                          + 1 / rate)  # fmt: skip
         self.updates, self.episodes, self.seconds, self.last_row = [], [], {}, step
 
-    def video(self, step, observations):
-        """Saves [T, 64, 64, 3] uint8 as an mp4 in the run directory, and shows it on wandb."""
-        from moviepy import ImageSequenceClip
-        path = self.directory / "videos" / f"evaluation_{step:09d}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        frames = observations.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
-        film = ImageSequenceClip(list(frames), fps=40 / self.cfg.env.action_repeat)
-        film.write_videofile(str(path), codec="libx264", logger=None)
-        if self.wandb:
-            import wandb
-            film = {"environment_steps": step, "eval/video": wandb.Video(str(path))}
-            self.wandb.log(film, step=step, commit=False)
+    def estimate(self, step, seconds):
+        """Says how long the rest takes at these seconds per environment step."""
+        hours = (self.cfg.collector.total_steps - step) * seconds / 3600
+        self.bar.write(f"about {hours:.1f} hours to go on this CPU" + (hours > 2) * (
+            "; a smaller run: python dreamer.py --config-name config_laptop"))
 
-    def close(self):
-        """Ends the progress bar, the metrics file and the wandb run."""
+    def draw(self, name, path, function, *args):
+        """Draws a film or a picture beside training; `drawn` shows it under `name`."""
+        self.drawings.append((name, path, self.artist.submit(function, path, *args)))
+
+    def drawn(self, wait=False):
+        """{name: wandb's film or picture} of what has been drawn since; one line for a failure."""
+        done = [row for row in self.drawings if wait or row[2].done()]
+        self.drawings, media = [row for row in self.drawings if row not in done], {}
+        for name, path, drawing in done:
+            if error := drawing.exception():
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.bar.write(f"{path.name} could not be drawn ({reason}); training goes on")
+            elif self.wandb:
+                import wandb
+                kind = wandb.Video if path.suffix == ".mp4" else wandb.Image
+                media[name] = kind(str(path))
+        return media
+
+    def close(self, hurry=False):
+        """Ends what is being drawn (or leaves it), the progress bar, the files, the wandb run."""
+        media = self.drawn(wait=not hurry)
+        self.artist.shutdown(wait=not hurry, cancel_futures=True)
         self.bar.close()
-        self.rows.close()
-        self.times.close()
+        for key in self.FILES:
+            getattr(self, key).close()
         if self.wandb:
+            if media:
+                self.wandb.log({"environment_steps": self.last_row} | media, step=self.last_row)
             self.wandb.finish()
+
+# --- Evaluation of a checkpoint ------------------------------------------------------------------
+def evaluate(cfg, rules):
+    """Plays `eval.episodes` episodes with the agent of `eval.checkpoint`, prints their returns
+    and draws what is asked for. The same episodes give what training saw, to the bit."""
+    path = find_checkpoint(Path(cfg.eval.checkpoint))
+    manifest = checkpoints.Checkpoint.manifest(path)["metadata"]
+    restore(cfg, manifest["config"])
+    check_combinations(cfg)
+    device = resolve_device(cfg.device)
+    tune_process(device)
+    if cfg.env.from_pixels:
+        select_gl()
+    env = make_env(cfg.env, [EpisodeSeeds(cfg.seed, EVALUATION)], cfg.networks)
+    sizes = env.observation_spec["observation"].shape, env.action_spec.shape[-1]
+    env.close()
+    agent = Agent(cfg, *sizes).to(device)
+    load_checkpoint(path, agent=agent)
+    dream_from = [int(number) for number in cfg.eval.dream_from.split(",") if number]
+    evaluation = Evaluation(cfg, agent, rules)
+    metrics, curves, pictures = evaluation(manifest["step"], cfg.eval.video, dream_from)
+    evaluation.env.close()
+    for number, value in enumerate(curves["return"], 1):
+        print(f"episode {number}: return {value:.2f}")
+    print(f"mean {metrics['eval/return']:.2f}, standard deviation {metrics['eval/return_std']:.2f}"
+          f" over {cfg.eval.episodes} episodes, step {manifest['step']:,} of {path}")
+    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    folder, fps = run / f"evaluation_{manifest['step']:09d}", 40 / cfg.env.action_repeat
+    folder.mkdir(exist_ok=True)
+    numbers = metrics | {"returns": curves["return"]}
+    write_text(folder / f"{cfg.eval.episodes}_episodes.json", json.dumps(numbers, indent=1) + "\n")
+    for name, picture in pictures.items():
+        if name == "dream_from":
+            where = folder / f"dream_from_{dream_from[0]}_{dream_from[1]}.png"
+            draw_dream(where, *picture, fps, cfg.env.action_repeat)
+        else:
+            draw_film(folder / f"{name}.mp4", name, picture, fps)
+    print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+def find_checkpoint(path):
+    """The checkpoint itself, or the newest whole one of a run directory."""
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        raise UserError(f"eval.checkpoint={path} holds no checkpoints: name a run directory, or a"
+                        " file in its checkpoints/")
+    if not path.exists():
+        raise UserError(f"eval.checkpoint={path} does not exist: `ls runs/*/checkpoints` shows"
+                        " what there is")
+    return next(whole_checkpoints(path if path.is_dir() else [path]))
+
+def restore(cfg, saved):
+    """Gives `cfg` what a checkpoint was trained with; `UserError` if the command line, or the
+    checkpoint, says something else."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    wrong = [word for word in given if not word.lstrip("+").startswith(MAY_CHANGE)]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: eval.checkpoint brings its own configuration: leave"
+                        " this out")
+    for key in flat(asdict(cfg)):
+        if key.startswith(MAY_CHANGE):
+            continue
+        if key not in saved:
+            raise UserError(f"the checkpoint knows no {key}: it comes from another version")
+        *groups, name = key.split(".")
+        setattr(functools.reduce(getattr, groups, cfg), name, saved[key])
 
 # --- Doctor --------------------------------------------------------------------------------------
 def check_versions():
@@ -1191,7 +1508,7 @@ class Run:
     """Every part of a run, checked and built from the configuration, in the order of cost; goes on
     where the run in its directory was."""
 
-    def __init__(self, cfg, collection_rule, evaluation_rule):
+    def __init__(self, cfg, collection_rule, evaluation_rules):
         self.cfg, self.step, self.before, self.updates = cfg, 0, 0, 0
         self.due, self.signal, self.handlers, self.unchecked = False, None, {}, []
         self.home = RunDirectory(cfg)
@@ -1207,30 +1524,32 @@ class Run:
             select_gl()
         elif "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = "disabled"  # states need no OpenGL, so none is imported
-        for path in self.home.candidates() if self.home.resumes else (None,):
+        for path in whole_checkpoints(self.home.path) if self.home.resumes else (None,):
             try:
-                self.build(path, collection_rule, evaluation_rule)
+                self.build(path, collection_rule, evaluation_rules)
                 break
             except (DamageError, checkpoints.CheckpointError) as error:
                 print(f"checkpoint {path} cannot be used ({error}): trying the one before")
         if not self.home.resumes:
             self.save()
-            text = OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode()
-            write(self.home.path / "config.yaml", lambda value, file: file.write(value), text)
+            text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+            write_text(self.home.path / "config.yaml", text)
         print(f"{'going on at step' if self.step else 'training from step'} {self.step:,} on"
               f" {self.device} in {self.autocast or torch.float32}, run in {self.home.path}")
-        self.logger.start(self.step)
+        self.about = about(cfg, self.device, self.autocast)
+        self.logger.start(self.step, {"run": self.about})
+        self.card("running")
         if path:  # last, so that nothing above has drawn from them
-            self.home.load(path, random=checkpoints.GlobalRNGState())
+            load_checkpoint(path, random=checkpoints.GlobalRNGState())
         self.listen()
 
-    def build(self, path, collection_rule, evaluation_rule):
+    def build(self, path, collection_rule, evaluation_rules):
         """Builds all parts, with their states in the checkpoint `path` if there is one."""
         cfg, state = self.cfg, Kept()
         for generator in torch.manual_seed, np.random.seed, random.seed:
             generator(cfg.seed)
         if path:
-            self.home.load(path, progress=state)
+            load_checkpoint(path, progress=state)
         copies, repeat = cfg.env.n_parallel_envs, cfg.env.action_repeat
         seeds, memory = resumed_episodes(cfg, state)
         env = make_env(cfg.env, seeds, cfg.networks, memory)
@@ -1252,9 +1571,9 @@ class Run:
             auto_register_policy_transforms=False)
         self.interaction = iter(self.collector)
         self.policy.random_steps = cfg.collector.random_steps // repeat  # the collector tried it
-        self.evaluation = Evaluation(cfg, Policy(self.agent, evaluation_rule, (100,)))
+        self.evaluation = Evaluation(cfg, self.agent, evaluation_rules)
         if path:
-            self.home.load(path, agent=self.agent, **self.optimizers)
+            load_checkpoint(path, agent=self.agent, **self.optimizers)
             self.load_state_dict(state)
 
     def state_dict(self):
@@ -1311,6 +1630,7 @@ class Run:
                                 " the learning rates, or use optimization.autocast=false")
         if self.due or self.signal:
             self.save()
+            self.card("running")
         self.due = False
         return not self.signal and self.step < self.cfg.collector.total_steps
 
@@ -1319,6 +1639,13 @@ class Run:
         parts = {"agent": self.agent, **self.optimizers, "progress": self,
                  "random": checkpoints.GlobalRNGState()}
         self.replay.forget(self.home.save(self.step, self.replay.episodes, **parts))
+
+    def card(self, state):
+        """Writes run.json, the run in numbers, and returns it."""
+        card = {"state": state, "environment_steps": self.step, "updates": self.updates}
+        card |= self.about | results(self.home.path)
+        write_text(self.home.path / "run.json", json.dumps(card, indent=1) + "\n")
+        return card
 
     def listen(self):
         """Lets a first signal end the run at the next update; a second Ctrl-C ends it at once."""
@@ -1344,13 +1671,78 @@ class Run:
         self.collector.shutdown()
         self.replay.ahead.shutdown()
         self.evaluation.env.close()
-        self.logger.close()
+        self.logger.close(hurry=kind is KeyboardInterrupt)
+        if not kind:
+            print(summary(self.cfg, self.card("stopped" if self.signal else "finished")))
         self.home.lock.close()
         if self.signal and not kind:
             print(f"saved at step {self.step:,}: the same command goes on", file=sys.stderr)
             if self.signal == signal.SIGUSR2 and callable(handler := self.handlers[self.signal]):
                 handler(self.signal, None)  # submitit's, which puts the job into the queue again
             raise SystemExit(128 + self.signal)
+
+def about(cfg, device, autocast):
+    """What a result depends on: code, versions, machine, configuration."""
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        with contextlib.suppress(OSError):
+            done = subprocess.run(command, capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    decisive = {key: value for key, value in flat(asdict(cfg)).items()
+                if not key.startswith(MAY_CHANGE)}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {name: metadata.version(name) for name in ("torch", "torchrl", "dm_control")}
+    return {"name": cfg.name, "task": f"{cfg.env.name} {cfg.env.task}".strip(), "seed": cfg.seed,
+            "git_revision": git("rev-parse", "HEAD"), "git_dirty": changes and bool(changes),
+            "config_hash": hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12],
+            "versions": versions | {"python": platform.python_version()},
+            "device": f"{device.type}: {name}, {os.cpu_count()} cores",
+            "precision": str(autocast or torch.float32)}  # fmt: skip
+
+def results(directory):
+    """Returns, wall time and speed of a run, from its files, however often it was stopped."""
+    def rows(name):
+        return [json.loads(row) for row in (directory / name).read_text().splitlines()]
+
+    times, updates = rows("throughput.jsonl"), 0
+    spent = {phase: sum(row.get(f"throughput/{phase}_seconds", 0) for row in times)
+             for phase in ("collect", "update", "evaluate")}  # fmt: skip
+    updates, steps = (times[-1][key] if times else 0 for key in ("updates", "environment_steps"))
+    numbers = {"wall_seconds": round(sum(spent.values()), 1)}
+    if spent["update"] and spent["collect"]:
+        numbers |= {"updates_per_second": round(updates / spent["update"], 3),
+                    "environment_steps_per_second": round(steps / spent["collect"], 1)}
+    evaluations = [row for row in rows("metrics.jsonl") if "eval/return" in row][-5:]
+    if evaluations:
+        returns, last = [row["eval/return"] for row in evaluations], evaluations[-1]
+        numbers |= {"eval_return": last["eval/return"], "eval_steps": last["environment_steps"],
+                    "last_returns_mean": float(np.mean(returns)),
+                    "last_returns_std": float(np.std(returns)), "last_returns": len(returns),
+                    "published_mean": last.get("eval/published_mean")}  # fmt: skip
+    return numbers
+
+def summary(cfg, card):
+    """What there is to know and to do at the end of a run."""
+    place, known = cfg.run_dir, card.get("published_mean")
+    said = [f"{card['state']} at {card['environment_steps']:,} environment steps and"
+            f" {card['updates']:,} updates, after {card['wall_seconds'] / 3600:.2f} hours"]
+    if "eval_return" in card:
+        said += [f"evaluation return {card['eval_return']:.1f} at step {card['eval_steps']:,}, the"
+                 f" last {card['last_returns']}: {card['last_returns_mean']:.1f} +-"
+                 f" {card['last_returns_std']:.1f}" + f", published mean {known}" * bool(known)]
+    typed = Path(sys.argv[0]).name == "dreamer.py"
+    words = sys.argv[1:] if typed else [f"run_dir={place}", "..."]
+    if card["state"] == "finished":  # the same command would only say so again
+        words = [word for word in words if not word.startswith("collector.total_steps=")]
+        words += [f"collector.total_steps={2 * cfg.collector.total_steps}"]
+    said += [f"in {place}: panel.png, metrics.jsonl, curves.jsonl, run.json, checkpoints, replay"
+             + ", videos" * cfg.logger.video,
+             f"go on:    python dreamer.py {shlex.join(words)}",
+             f"evaluate: python dreamer.py eval.checkpoint={place} eval.episodes=10",
+             f"plot:     python benchmarks/plot.py {place}"]  # fmt: skip
+    return "\n".join(said)
 
 class Kept(dict):
     """The state of a part that is not built yet."""

@@ -3,15 +3,16 @@
     python benchmarks/plot.py runs/cheetah-run-seed0 runs/cheetah-run-seed1 --out curves.png
 
 A run is a directory with metrics.jsonl and config.yaml. Runs of the same task are its seeds: their
-mean, and their range if there are several. Prints a Markdown table of the same numbers. The
-published curves (benchmarks/published.csv) are the 100 runs that come with the official code,
-danijar/dreamer, scores/dreamer.json, MIT licence: their author says that they were made with an
-earlier setting of the hyper-parameters (issue 55 there), so they are a guide, not a target.
+mean, and the 95 % confidence band of that mean (bootstrap over seeds) if there are several. Prints
+a Markdown table of the same numbers. The published curves (benchmarks/published.csv: mean and
+range over 5 seeds) are the 100 runs that come with the official code, danijar/dreamer,
+scores/dreamer.json, MIT licence: their author says that they were made with an earlier setting of
+the hyper-parameters (issue 55 there), so they are a guide, not a target.
 """
 
 import argparse
-import csv
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,33 +23,32 @@ from omegaconf import OmegaConf
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PUBLISHED = Path(__file__).with_name("published.csv")
-
-
-def published():
-    """task -> array of rows (environment steps, mean, lowest, highest) over the seeds."""
-    curves = defaultdict(list)
-    for row in csv.DictReader(PUBLISHED.open()):
-        values = row["environment_steps"], row["mean"], row["lowest"], row["highest"]
-        curves[row["task"]].append([float(value) for value in values])
-    return {task: np.array(rows) for task, rows in curves.items()}
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dreamer_utils import published  # noqa: E402
 
 def read(run):
-    """The task of a run, and its environment steps and evaluation returns."""
+    """The environment of a run, and its environment steps and evaluation returns [n, 2]."""
     env = OmegaConf.load(run / "config.yaml").env
-    task = f"{env.name}_{env.task}".replace("ball_in_cup", "cup")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [(row["environment_steps"], row["eval/return"]) for row in rows if "eval/return" in row]
-    return task, np.array(rows)
+    return env, np.array(rows)
+
+
+def confidence_band(curves, draws=2000):
+    """The 95 % interval of the mean over seeds, [seeds, n] -> two [n], by resampling the seeds."""
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(0, len(curves), (draws, len(curves)))
+    return np.percentile(curves[chosen].mean(1), (2.5, 97.5), axis=0)
 
 
 def draw(axis, task, runs, reference):
     """One panel; prints a table row for every evaluation of the shortest run."""
-    steps = min((run[:, 0] for run in runs), key=len)
+    steps = min((run[:, 0] for run in runs), key=lambda run: run[-1])
     ours = np.stack([np.interp(steps, *run.T) for run in runs])
-    axis.plot(steps, ours.mean(0), label=f"ours, {len(runs)} seed{'s' * (len(runs) > 1)}")
-    axis.fill_between(steps, ours.min(0), ours.max(0), alpha=0.2)
+    axis.plot(steps, ours.mean(0), "o-", markersize=3,
+              label=f"ours, {len(runs)} seed{'s' * (len(runs) > 1)}")  # fmt: skip
+    if len(runs) > 1:
+        axis.fill_between(steps, *confidence_band(ours), alpha=0.2)
     theirs = np.full(len(steps), np.nan)
     if reference is not None:
         last = np.searchsorted(reference[:, 0], steps[-1]) + 1
@@ -70,11 +70,16 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
     tasks = defaultdict(list)
+    references = {}
     for run in options.runs:
-        task, rows = read(run)
+        if not (run / "metrics.jsonl").exists():
+            parser.error(f"{run} is no run: it has no metrics.jsonl")
+        env, rows = read(run)
         if len(rows) == 0:
             parser.error(f"{run} has no evaluation yet")
+        task = f"{env.name} {env.task}".strip()
         tasks[task].append(rows)
+        references[task] = published(env)
     columns = min(4, len(tasks))
     shape = -(-len(tasks) // columns), columns
     size = 5 * shape[1], 3.5 * shape[0]
@@ -83,8 +88,9 @@ def main():
         axis.set_visible(False)
     print("| task | environment steps | ours | published |\n| --- | --- | --- | --- |")
     for axis, (task, runs) in zip(axes.flat, sorted(tasks.items())):
-        draw(axis, task, runs, published().get(task))
+        draw(axis, task, runs, references[task])
     figure.savefig(options.out, dpi=110)
+    print(f"\nwritten: {options.out}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Sections (`--only floor,update`): what the arithmetic alone costs (`floor`), one update of ours and
 of the library's way (`update`), ours with one thing switched off (`ablation`), one step of
-experience (`collection`), one batch from disk (`replay`), from a fresh process to the first
-update (`start`), and what a whole run does besides (`loop`), on the CPU or on CUDA. The numbers go to `benchmarks/results/throughput.json`,
-and as tables to the `.md` beside it.
+experience (`collection`), one batch from disk (`replay`), from a fresh process to the first update
+(`start`), and what a whole run does besides (`loop`), on the CPU or on CUDA. The numbers go to
+`benchmarks/results/throughput.json`, and as tables to the `.md` beside it.
 
 Every variant is a process of its own, because allocator settings are process-wide, and stays
 alive. Variants take turns, A B C A B C ..., so that a drift of the machine hits all alike; a ratio
@@ -631,7 +631,7 @@ def build_collection(device, threads, chunk):
     cfg.collector.random_steps, cfg.collector.train_every = 0, chunk * cfg.env.action_repeat
     noise = cfg.collector.exploration_noise
     explore = functools.partial(dreamer.collection_policy, scale=noise)
-    run = utils.Run(cfg, explore, dreamer.evaluation_policy)
+    run = utils.Run(cfg, explore, dreamer.EVALUATION)
 
     def measure(repeats):
         taken, start = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a finished run is, as digests: weights, optimisers, generators, replay, metrics."""
+"""What a finished run is, as digests: weights, optimisers, generators, replay, metrics, curves."""
 
 import hashlib
 import zipfile
@@ -26,7 +26,7 @@ def feed(digest, value):
 
 
 def fingerprint(run_dir):
-    """{part: digest} of the newest checkpoint, the replay's rows and metrics.jsonl."""
+    """{part: digest} of the newest checkpoint, the replay's rows, the metrics and the curves."""
     run_dir, parts = Path(run_dir), {}
     newest = max((run_dir / "checkpoints").glob("checkpoint-*"))
     with zipfile.ZipFile(newest) as archive:
@@ -35,6 +35,7 @@ def fingerprint(run_dir):
                 parts[name] = hashlib.sha256()
                 with archive.open(name) as file:
                     feed(parts[name], torch.load(file, weights_only=True))
-    for path in [*sorted((run_dir / "replay").glob("*.memmap")), run_dir / "metrics.jsonl"]:
+    rows = [run_dir / "metrics.jsonl", run_dir / "curves.jsonl"]
+    for path in [*sorted((run_dir / "replay").glob("*.memmap")), *rows]:
         parts[path.name] = hashlib.sha256(path.read_bytes())
     return {newest.name: None} | {name: digest.hexdigest() for name, digest in parts.items()}

@@ -74,7 +74,7 @@ def test_the_memory_travels_with_the_environment(tmp_path, copies):
              f"collector.random_steps={80 * copies}"]  # fmt: skip
     cfg = configure(*SMALL, *flags)
     rule = functools.partial(dreamer.collection_policy, scale=0.3)
-    with utils.Run(cfg, rule, dreamer.evaluation_policy) as run:
+    with utils.Run(cfg, rule, dreamer.EVALUATION) as run:
         phases = [next(run.interaction).reshape(copies, -1).clone() for _ in range(8)]
     seen = torch.cat(phases, 1)
     first = seen["step_count"].squeeze(-1) == 0

@@ -171,3 +171,10 @@ def test_optimizer_differentiates_its_own_parameters_only():
         optimizer.differentiate((3 * mine * other).sum())
         check(mine.grad, torch.full((2,), 3.0), 1e-6)
     assert other.grad is None
+
+
+def test_the_share_of_updates_at_the_floor_of_the_free_nats(step):
+    """With pcont the official KL is below its 30 free nats, without it is above its 3."""
+    at_floor = step.data["div_raw"].item() <= step.cfg.free_nats
+    assert step.metrics["world_model/kl_at_floor"].item() == float(at_floor)
+    assert at_floor == ("discount_data" in step.data)

@@ -1,0 +1,96 @@
+"""The diagnostics tell the truth: constructed models with known errors, judged by `diagnose`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dreamer
+
+GAMMA, LAMBDA, HORIZON, STEPS = 0.9, 0.8, 15, 120
+HP = SimpleNamespace(gamma=GAMMA, lambda_=LAMBDA, horizon=HORIZON)
+
+
+def constructed(mean=0.3, reward_bias=0.0, value_offset=0.0, drift=0.0):
+    """An agent and an episode in a world that it knows: s' = s + a, r = s, o = s, and the same
+    action tanh(mean) in every step. The model may be wrong by what the arguments say."""
+    action = torch.tanh(torch.tensor(mean)).item()
+    normal = lambda state: (state, torch.ones_like(state))  # noqa: E731
+    prior = lambda s, m, a, e: (*normal(s), s + a + drift, m)  # noqa: E731
+    world_model = SimpleNamespace(
+        sizes={"state": 1, "belief": 1, "action": 1}, preprocess=lambda x: x, encoder=lambda x: x,
+        initial=lambda n: (torch.zeros(n, 1), torch.zeros(n, 1)), prior=prior,
+        posterior=lambda m, embedding, e: (*normal(embedding), embedding),
+        decoder=lambda s, m: s, reward=lambda s, m: s + reward_bias,
+    )  # fmt: skip
+
+    def value(s, m):
+        """The true one: the sum of gamma^k (s + k a)."""
+        return s / (1 - GAMMA) + action * GAMMA / (1 - GAMMA) ** 2 + value_offset
+
+    actor = lambda s, m: (torch.full_like(s, mean), torch.full_like(s, 1e-5))  # noqa: E731
+    s = torch.arange(STEPS + 1).float()[:, None] * action
+    episode = {"observation": s, "action": torch.full((STEPS, 1), action),
+               "reward": s[1:, 0], "state": s[:-1], "belief": torch.zeros(STEPS, 1)}  # fmt: skip
+    return SimpleNamespace(world_model=world_model, actor=actor, value=value), episode, action
+
+
+def diagnosed(**wrong):
+    agent, episode, action = constructed(**wrong)
+    metrics, curves, predicted, first = dreamer.diagnose(agent, episode, HP)
+    return metrics, curves, action
+
+
+def test_a_perfect_model_and_critic_have_no_error():
+    metrics, curves, action = diagnosed()
+    assert metrics["world_model/open_loop_observation_error"] < 1e-6
+    assert metrics["world_model/open_loop_reward_error"] < 1e-4
+    assert abs(metrics["behavior/return_gap"]) < 1e-2
+    assert abs(metrics["behavior/value_bias"]) < 1e-2
+    assert len(curves["observation_error"]) == len(curves["reward_error"]) == 45
+
+
+def test_repeating_the_last_row_errs_as_far_as_the_world_moves():
+    _, curves, action = diagnosed()
+    moved = action * torch.arange(1, 46)
+    torch.testing.assert_close(torch.tensor(curves["copied_observation"]), moved.square())
+    torch.testing.assert_close(torch.tensor(curves["copied_reward"]), moved.abs())
+
+
+def test_an_error_of_the_model_grows_with_every_step_left_alone():
+    _, curves, _ = diagnosed(drift=0.01)
+    drifted = 0.01 * torch.arange(1, 46)
+    got = torch.tensor(curves["observation_error"])
+    torch.testing.assert_close(got, drifted.square(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [0.5, -0.25])
+def test_an_over_optimistic_reward_gives_the_injected_bias(bias):
+    metrics, curves, _ = diagnosed(reward_bias=bias)
+    assert metrics["behavior/return_gap"] == pytest.approx(HORIZON * bias, abs=1e-2)
+    assert metrics["world_model/open_loop_reward_error"] == pytest.approx(abs(bias), abs=1e-4)
+    assert len(curves["imagined_return"]) == len(curves["real_return"]) == STEPS - HORIZON + 1
+
+
+@pytest.mark.parametrize("offset", [7.0, -2.0])
+def test_a_value_that_is_off_by_c_shows_c(offset):
+    metrics, curves, _ = diagnosed(value_offset=offset)
+    assert metrics["behavior/value_bias"] == pytest.approx(offset, abs=1e-2)
+    assert len(curves["value_above_target"]) == STEPS - 2
+
+
+def test_saturated_actions_are_counted():
+    assert diagnosed(mean=0.3)[0]["behavior/action_saturation"] == 0
+    assert diagnosed(mean=4.0)[0]["behavior/action_saturation"] == 1
+
+
+def test_open_loop_sees_the_context_and_nothing_after_it():
+    agent, episode, action = constructed()
+    rows = episode["observation"][None, :10].clone()
+    actions, reward = torch.full((1, 10, 1), action), torch.zeros(1, 10)
+    predicted = [dreamer.open_loop_errors(agent.world_model, x, actions, reward, 5)[0]
+                 for x in (rows, torch.cat([rows[:, :5], rows[:, 5:] + 100], 1))]  # fmt: skip
+    assert torch.equal(*predicted)
+    changed = torch.cat([rows[:, :4], rows[:, 4:5] + 1, rows[:, 5:]], 1)
+    other, _ = dreamer.open_loop_errors(agent.world_model, changed, actions, reward, 5)
+    torch.testing.assert_close(other[:, 4:], predicted[0][:, 4:] + 1)
