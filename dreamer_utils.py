@@ -1323,7 +1323,9 @@ class Logger:
             "; a smaller run: python dreamer.py --config-name config_laptop"))
 
     def draw(self, name, path, function, *args):
-        """Draws a film or a picture beside training; `drawn` shows it under `name`."""
+        """Draws a film or a picture beside training; `drawn` shows it under `name`. One that is
+        still waiting to be drawn gives way to a newer one for the same file."""
+        self.drawings = [row for row in self.drawings if row[1] != path or not row[2].cancel()]
         self.drawings.append((name, path, self.artist.submit(function, path, *args)))
 
     def drawn(self, wait=False):

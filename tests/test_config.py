@@ -109,7 +109,7 @@ def test_every_line_of_the_configuration_has_a_comment():
         ("collector.total_steps=100", "ends before training starts"),
         ("replay_buffer.capacity=100", "cannot hold"),
         ("optimization.horizon=1", "of at least 2"),
-        ("env.from_pixels=false logger.video=true", "makes no film"),
+        ("env.from_pixels=false logger.video=true", "a state vector makes none"),
     ],
 )
 def test_an_impossible_value_is_one_sentence(overrides, words):

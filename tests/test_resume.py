@@ -225,7 +225,8 @@ def test_resident_memory_and_open_files_stay_flat(tmp_path):
             "checkpoint.every=200",
         )
     late = [row for row in seen if row[0] >= 2000]
-    assert max(row[2] for row in late) <= late[0][2]
+    # A picture that is being drawn at that moment has a file open.
+    assert min(row[2] for row in late[-20:]) <= min(row[2] for row in late[:20])
     assert late[-1][1] - late[0][1] < 30e6
 
 
