@@ -1727,7 +1727,7 @@ def results(directory):
 
 def summary(cfg, card):
     """What there is to know and to do at the end of a run."""
-    place, known = cfg.run_dir, card.get("published_mean")
+    place, known = cfg.run_dir, round(card.get("published_mean") or 0)
     said = [f"{card['state']} at {card['environment_steps']:,} environment steps and"
             f" {card['updates']:,} updates, after {card['wall_seconds'] / 3600:.2f} hours"]
     if "eval_return" in card:
