@@ -975,8 +975,8 @@ class Evaluation:
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # the same bits, whether training is compiled or not
     def __call__(self, step, films=False, dream_from=None):
-        """Metrics, curves {name: list}, episodes (see `play`), and {name: what there is to draw}.
-        A step has its episodes, however many are asked for."""
+        """Metrics, curves {name: list}, and {name: what there is to draw}. A step has its
+        episodes and its noise, however many are asked for, and whatever is drawn."""
         pictures, hp = {}, self.cfg.optimization
         with one_thread(), torch.random.fork_rng():
             self.seeds.episode = step
@@ -997,6 +997,7 @@ class Evaluation:
                     dream = self.picture(self.agent, one, context - 1, length - context + 1)
                     pictures |= {"open_loop": (one, *windows), "dream": (one, context, dream)}
             if dream_from:
+                torch.manual_seed(step)
                 pictures["dream_from"] = self.dream_from(episodes, *dream_from)
         pictures |= {f"evaluation_{i}": episode for i, episode in enumerate(episodes, 1) if films}
         return metrics, curves | {"return": returns}, pictures

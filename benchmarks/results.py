@@ -1,7 +1,7 @@
 """A Markdown table of runs from their cards: `python benchmarks/results.py RUN... [--readme]`.
 
-A card is the run.json that every run keeps. `--readme` puts the table between the two marks in the
-README's section on results.
+A card is the run.json that every run keeps; a row is named after its directory. `--readme` puts
+the table between the two marks in the README's section on results.
 """
 
 import argparse
@@ -17,12 +17,12 @@ COLUMNS = ("run", "task", "environment steps", "updates", "return, last evaluati
            "revision")  # fmt: skip
 
 
-def row(card):
+def row(name, card):
     """The cells of one run."""
     known = card.get("published_mean")
     revision = (card["git_revision"] or "?")[:9] + "+" * bool(card["git_dirty"])
     last = f"{card['last_returns_mean']:.0f} +- {card['last_returns_std']:.0f}"
-    return (card["name"], card["task"], f"{card['environment_steps']:,}", f"{card['updates']:,}",
+    return (name, card["task"], f"{card['environment_steps']:,}", f"{card['updates']:,}",
             f"{card['eval_return']:.0f}", f"{last} ({card['last_returns']})",
             f"{known:.0f}" if known else "-", f"{card['wall_seconds'] / 3600:.2f}",
             f"{card['device']}, {card['precision'].removeprefix('torch.')}",
@@ -30,8 +30,8 @@ def row(card):
 
 
 def table(cards):
-    """All runs as Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(row, cards)]
+    """All runs, {name: card}, as Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row(*pair) for pair in cards.items())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -41,9 +41,9 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    cards = [json.loads(path.read_text()) for run in options.runs
-             if (path := run / "run.json").exists()]  # fmt: skip
-    cards = [card for card in cards if "eval_return" in card]
+    cards = {run.name: json.loads(path.read_text()) for run in options.runs
+             if (path := run / "run.json").exists()}  # fmt: skip
+    cards = {name: card for name, card in cards.items() if "eval_return" in card}
     if not cards:
         parser.error("none of these holds a run.json with an evaluation")
     text = table(cards)

@@ -82,6 +82,16 @@ def test_the_speed_tables_are_what_the_benchmark_wrote():
     assert [row for row in rows if row not in written] == []
 
 
+def test_the_table_of_results_is_what_the_cards_say():
+    marks = r"<!-- results: python (.*?) --readme -->\n(.*?)\n<!-- end"
+    words, table = re.search(marks, README, re.DOTALL).groups()
+    script, pattern = words.split()
+    command = [sys.executable, script, *sorted(map(str, ROOT.glob(pattern)))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == table
+
+
 def test_pins_are_the_same_everywhere():
     pins = (ROOT / "requirements.txt").read_text().split()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", dreamer_source())

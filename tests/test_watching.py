@@ -341,4 +341,4 @@ def test_the_table_of_results_comes_from_the_cards(watched):
     command = [sys.executable, "benchmarks/results.py", str(watched[0])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| one | cartpole balance | 240 | 6 |" in done.stdout.splitlines()[-1]
+    assert "| run | cartpole balance | 240 | 6 |" in done.stdout.splitlines()[-1]
