@@ -1106,8 +1106,9 @@ def draw_panel(path, curves, reference, free_nats):
     the model and the critic say against one real episode."""
     from matplotlib.figure import Figure
     rows = [json.loads(row) for row in path.with_name("metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    (top, bottom), steps = figure.subplots(2, 3), "environment steps"
+    figure, margins = Figure(figsize=(14, 7.5)), {"left": 0.04, "right": 0.99, "bottom": 0.07,
+                                                  "top": 0.95, "wspace": 0.15, "hspace": 0.3}
+    (top, bottom), steps = figure.subplots(2, 3, gridspec_kw=margins), "environment steps"
     def over(key):
         return zip(*((row["environment_steps"], row[key]) for row in rows if key in row))
 
