@@ -1107,7 +1107,7 @@ def draw_panel(path, curves, reference, free_nats):
     from matplotlib.figure import Figure
     rows = [json.loads(row) for row in path.with_name("metrics.jsonl").read_text().splitlines()]
     figure, margins = Figure(figsize=(14, 7.5)), {"left": 0.04, "right": 0.99, "bottom": 0.07,
-                                                  "top": 0.95, "wspace": 0.15, "hspace": 0.3}
+                                                  "top": 0.95, "wspace": 0.18, "hspace": 0.33}
     (top, bottom), steps = figure.subplots(2, 3, gridspec_kw=margins), "environment steps"
     def over(key):
         return zip(*((row["environment_steps"], row[key]) for row in rows if key in row))
@@ -1130,7 +1130,7 @@ def draw_panel(path, curves, reference, free_nats):
                   model=(ahead, curves[f"{what}_error"], "-"),
                   last_row_repeated=(ahead, curves[f"copied_{what}"], "k--"))  # fmt: skip
         now = range(len(curves["imagined_return"]))
-        lines(top[2], "rewards of the next steps", "agent step of the episode",
+        lines(top[2], "rewards of the next H steps", "agent step of the episode",
               imagined=(now, curves["imagined_return"], "-"),
               real=(now, curves["real_return"], "k--"))  # fmt: skip
         target = np.subtract(curves["value"][:-1], curves["value_above_target"])
