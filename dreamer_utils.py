@@ -1699,7 +1699,8 @@ def about(cfg, device, autocast):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {name: metadata.version(name) for name in ("torch", "torchrl", "dm_control")}
     return {"name": cfg.name, "task": f"{cfg.env.name} {cfg.env.task}".strip(), "seed": cfg.seed,
-            "git_revision": git("rev-parse", "HEAD"), "git_dirty": changes and bool(changes),
+            "git_revision": git("rev-parse", "HEAD"),
+            "git_dirty": None if changes is None else bool(changes),
             "config_hash": hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12],
             "versions": versions | {"python": platform.python_version()},
             "device": f"{device.type}: {name}, {os.cpu_count()} cores",
