@@ -1742,8 +1742,8 @@ def summary(cfg, card):
     if card["state"] == "finished":  # the same command would only say so again
         words = [word for word in words if not word.startswith("collector.total_steps=")]
         words += [f"collector.total_steps={2 * cfg.collector.total_steps}"]
-    said += [f"in {place}: panel.png, metrics.jsonl, curves.jsonl, run.json, checkpoints, replay"
-             + ", videos" * cfg.logger.video,
+    shown = "panel.png metrics.jsonl curves.jsonl run.json checkpoints replay videos wandb".split()
+    said += [f"in {place}: {', '.join(name for name in shown if Path(place, name).exists())}",
              f"go on:    python dreamer.py {shlex.join(words)}",
              f"evaluate: python dreamer.py eval.checkpoint={place} eval.episodes=10",
              f"plot:     python benchmarks/plot.py {place}"]  # fmt: skip
