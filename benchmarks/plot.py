@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dreamer_utils import published  # noqa: E402
 
+
 def read(run):
     """The environment of a run, and its environment steps and evaluation returns [n, 2]."""
     env = OmegaConf.load(run / "config.yaml").env

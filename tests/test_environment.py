@@ -11,6 +11,7 @@ from small_runs import ROOT, configure, small
 
 import dreamer_utils as utils
 
+
 def environment(*overrides, seed=0):
     cfg = configure(*overrides)
     copies = range(cfg.env.n_parallel_envs)

@@ -18,6 +18,7 @@ from torch.distributions import Normal
 import dreamer
 import dreamer_utils as utils
 
+
 def split(agent, features):
     """Official features [stochastic, deterministic] -> (state, belief)."""
     size = agent.world_model.sizes

@@ -10,6 +10,7 @@ from small_runs import SMALL, configure
 import dreamer
 import dreamer_utils as utils
 
+
 def play(data, agent, mode):
     """Yields (step, what the policy made of it); the executed action goes into the next step."""
     model = agent.world_model

@@ -1,0 +1,56 @@
+"""The wandb dashboard: whether it can work here, and how it starts."""
+
+import os
+
+from common.errors import UserError
+from common.opengl import no_opengl
+
+with no_opengl():
+    from torchrl.record.loggers.wandb import WandbLogger
+
+WITHOUT_WANDB = "or use logger.mode=offline (wandb sync sends it later), or logger.mode=disabled"
+
+
+def check_wandb(cfg):
+    """`UserError` if the dashboard of this configuration cannot work here."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if cfg.logger.mode == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb is not installed: pip install wandb, or use logger.mode=disabled"
+        ) from None
+    if cfg.logger.mode == "online" and not wandb.api.api_key:
+        raise UserError(f"logger.mode=online needs an API key: run `wandb login`, {WITHOUT_WANDB}")
+
+
+def start_wandb(cfg, directory, run_id):
+    """The wandb run, a continued one if `run_id` is given; `UserError` if wandb cannot start."""
+    import wandb
+
+    try:
+        logger = WandbLogger(
+            cfg.name,
+            offline=cfg.logger.mode != "online",
+            save_dir=str(directory),
+            id=run_id,
+            project=cfg.logger.project,
+            log_env_packages=False,
+            config=cfg.model_dump(),
+            settings=wandb.Settings(init_timeout=30),
+        )
+    except (wandb.errors.Error, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"wandb does not answer ({reason}): check the network, {WITHOUT_WANDB}"
+        ) from None
+    return logger.experiment
+
+
+def to_wandb(path):
+    """A film or a picture as wandb shows it."""
+    import wandb
+
+    return (wandb.Video if path.suffix == ".mp4" else wandb.Image)(str(path))

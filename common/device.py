@@ -1,0 +1,114 @@
+"""Device, precision, compilation, and the switches of a process that make it fast."""
+
+import contextlib
+import ctypes
+import sys
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+
+
+def resolve_device(name):
+    """`auto` is CUDA if it is there, else the CPU; `UserError` if the named device is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}; use device=auto") from None
+
+
+def computes_bfloat16(device):
+    """Whether the device computes in bfloat16 natively; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(name, device):
+    """`optimization.autocast` as a dtype; `auto` is bfloat16 if it is native, else float32.
+
+    Some GPU and driver pairs fail in bfloat16 (`CUBLAS_STATUS_INVALID_VALUE`): a small layer and a
+    GRU run first, and if they fail, float16 is next, then float32, with one line that says so.
+    """
+    if name == "false" or (name == "auto" and not computes_bfloat16(device)):
+        return torch.float32
+    wanted = torch.float16 if name == "float16" else torch.bfloat16
+    for dtype in dict.fromkeys((wanted, torch.float16)):
+        reason = why_precision_fails(dtype, device)
+        if reason is None:
+            return dtype
+        print(f"autocast: {dtype} fails on this {device.type} ({reason}); trying the next one")
+    return torch.float32
+
+
+def why_precision_fails(dtype, device):
+    """None if a layer and a GRU cell give finite gradients under autocast, else the reason."""
+    x = torch.ones(4, 16, device=device)
+    layer = nn.Linear(16, 16).to(device)
+    cell = nn.GRUCell(16, 16).to(device)
+    try:
+        with torch.autocast(device.type, dtype):
+            cell(layer(x), x).float().sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None if torch.isfinite(layer.weight.grad).all() else "gradients are not finite"
+
+
+def make_autocast(device, dtype):
+    """A context that can be entered again and again: networks compute in `dtype` inside."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def tune_process(device):
+    """Process-wide switches for speed.
+
+    On a CPU freed memory is kept (a fresh page costs more than the arithmetic on it; 2 to 4 GB
+    stay resident), and float32 products go through oneDNN. On CUDA they are in TF32.
+    """
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if device.type == "cpu" and hasattr(libc, "mallopt"):  # glibc only
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def compile_steps(agent, mode, device):
+    """Compiles what `observe` and `imagine` repeat: transition, representation and action model.
+
+    `auto` is on CUDA only: on a CPU the gain is within the noise, and 2000 updates would not win
+    back the 40 s that it takes. Compiling the loops as a whole takes three times as long. Without
+    a working compiler one line says so, and everything runs as it is.
+    """
+    if mode == "false" or (mode == "auto" and device.type == "cpu"):
+        return
+    torch.compiler.reset()  # what an earlier run in this process compiled counts against a limit
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        print(f"compile: no working compiler ({str(error).splitlines()[0]}); going on without")
+        return
+    graphs = mode == "reduce-overhead"
+    for model in (agent.world_model.prior, agent.world_model.posterior, agent.actor):
+        model.compile(dynamic=False, mode=mode if graphs else None)
+    agent.compiled = True
+    if graphs:
+        # The memory of CUDA graphs may be used again once the next update begins, which it does
+        # with its first network.
+        agent.world_model.encoder.register_forward_pre_hook(
+            lambda module, inputs: torch.compiler.cudagraph_mark_step_begin()
+        )
+
+
+@contextlib.contextmanager
+def one_thread():
+    """One PyTorch thread while acting: idle ones spin, which slows a software renderer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,183 @@
+"""Tasks of the DeepMind Control Suite and of Gymnasium, all under the same protocol.
+
+An agent step repeats its action, sums the rewards and renders once. Actions are in [-1, 1],
+images are uint8 [64, 64, 3], and the time limit is a truncation, not an end.
+"""
+
+import logging
+import signal
+
+import dm_env
+import numpy as np
+import torch
+from torch import nn
+
+from common.episodes import ResumableEnv
+from common.errors import UserError
+from common.opengl import no_opengl
+
+with no_opengl():  # else TorchRL loads it with mujoco, also where nothing is rendered
+    from torchrl import envs
+
+IMAGE = (64, 64, 3)  # height, width, channels: the only size that the paper's convolutions take
+
+
+class SuiteEpisodes:
+    """A Control Suite task with action repeat, own seeds, and one render per agent step.
+
+    The pixels are those of rendering at every physics step, in half the time. Keeping the camera
+    and an off-screen buffer of the image's size saves a quarter of a render. `camera=None` gives
+    the flat state.
+    """
+
+    def __init__(self, env, seeds, action_repeat, camera=None):
+        self._env, self._seeds, self._repeat, self._camera = env, seeds, action_repeat, None
+        self._spec = env.observation_spec().get("observations")
+        if camera is not None:
+            from dm_control.mujoco.engine import Camera
+
+            height, width, _ = IMAGE
+            screen = env.physics.model.vis.global_
+            screen.offheight, screen.offwidth = height, width
+            self._spec = dm_env.specs.Array(IMAGE, np.uint8)
+            self._camera = Camera(env.physics, height, width, camera)
+
+    def reset(self):
+        """Starts the next episode, whose seed is its own."""
+        self._env.task._random = np.random.RandomState(next(self._seeds))  # no public way to seed
+        return self._observe(self._env.reset())
+
+    def step(self, action):
+        """Repeats the action, and sums the rewards."""
+        reward = 0.0
+        for _ in range(self._repeat):
+            time_step = self._env.step(action)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        return self._observe(time_step._replace(reward=reward))
+
+    def _observe(self, time_step):
+        if self._camera is None:
+            observation = time_step.observation["observations"]
+        else:
+            observation = self._camera.render().copy()
+        return time_step._replace(observation={"observation": observation})
+
+    def observation_spec(self):
+        """The image or the flat state."""
+        return {"observation": self._spec}
+
+    def __getattr__(self, name):
+        return getattr(self._env, name)
+
+
+def make_suite_env(cfg, seeds):
+    """A Control Suite task as a TorchRL environment; `UserError` names those that exist."""
+    from dm_control import suite
+    from dm_control.suite.wrappers import pixels
+
+    domains = suite.TASKS_BY_DOMAIN
+    if cfg.name not in domains:
+        raise UserError(f"env.name={cfg.name}: choose one of {', '.join(sorted(domains))}")
+    if cfg.task not in domains[cfg.name]:
+        raise UserError(f"env.task={cfg.task}: choose one of {', '.join(domains[cfg.name])}")
+    env = suite.load(cfg.name, cfg.task, None, {"flat_observation": not cfg.from_pixels})
+    camera = None
+    if cfg.from_pixels:
+        camera = cfg.camera
+        if camera < 0:
+            camera = 2 if cfg.name == "quadruped" else 0
+        if camera >= env.physics.model.ncam:
+            cameras = env.physics.model.ncam
+            raise UserError(f"env.camera={camera}: {cfg.name} has {cameras} cameras")
+    env = SuiteEpisodes(env, seeds, cfg.action_repeat, camera)
+    pixels.Wrapper.register(SuiteEpisodes)  # the one wrapper that TorchRL takes around a task
+    return envs.DMControlWrapper(env)
+
+
+def make_gymnasium_env(cfg, seeds):
+    """A Gymnasium task with continuous actions; `UserError` if it cannot be used."""
+    import gymnasium
+    from gymnasium.spaces import Box
+
+    class GymnasiumEpisodes(gymnasium.Wrapper):
+        """Action repeat, own seeds, and 64 x 64 images by area averaging if asked for."""
+
+        def reset(self, **_):
+            """Starts the next episode, whose seed is its own."""
+            observation, info = self.env.reset(seed=next(seeds))
+            return self.observe(observation), info
+
+        def step(self, action):
+            """Repeats the action, and sums the rewards."""
+            total = 0.0
+            for _ in range(cfg.action_repeat):
+                observation, reward, terminated, truncated, info = self.env.step(action)
+                total += float(reward)
+                if terminated or truncated:
+                    break
+            return self.observe(observation), total, terminated, truncated, info
+
+        def observe(self, observation):
+            """The image if pixels are asked for, else the state."""
+            if not cfg.from_pixels:
+                return observation
+            image = torch.as_tensor(self.env.render().copy()).movedim(-1, 0)[None].float()
+            image = nn.functional.interpolate(image, IMAGE[:2], mode="area")[0]
+            return image.round().byte().movedim(0, -1).contiguous().numpy()
+
+    try:
+        mode = "rgb_array" if cfg.from_pixels else None
+        env = GymnasiumEpisodes(gymnasium.make(cfg.name, render_mode=mode))
+    except Exception as error:  # unknown id, missing package: each backend raises its own kind
+        reason = " ".join(str(error).split())
+        raise UserError(f"env.name={cfg.name} cannot be made by gymnasium: {reason}") from None
+    if not isinstance(env.action_space, Box) or not env.action_space.is_bounded():
+        raise UserError(
+            f"env.name={cfg.name} has discrete or unbounded actions, which are out of"
+            " scope: choose a task with bounded continuous (Box) actions"
+        )
+    if cfg.from_pixels:
+        env.observation_space = Box(0, 255, IMAGE, np.uint8)
+    elif not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+        raise UserError(f"env.name={cfg.name} has no flat state vector: use env.from_pixels=true")
+    return envs.GymWrapper(env)
+
+
+BACKENDS = {"dm_control": make_suite_env, "gymnasium": make_gymnasium_env}
+
+
+def make_task(cfg, seeds):
+    """One environment: actions in [-1, 1], float32, a truncation at the time limit.
+
+    Args:
+        cfg: the configuration's section `env`.
+        seeds: `EpisodeSeeds` of this environment.
+    """
+    env = BACKENDS[cfg.backend](cfg, seeds)
+    transforms = [
+        envs.ActionScaling(),
+        envs.DoubleToFloat(),
+        envs.StepCounter(cfg.time_limit // cfg.action_repeat),
+    ]
+    if "pixels" in env.observation_spec.keys():  # TorchRL's name for an image of Gymnasium
+        transforms.append(envs.RenameTransform(["pixels"], ["observation"]))
+    return ResumableEnv(env, envs.Compose(*transforms), seeds)
+
+
+class WorkerTask:
+    """Builds a task in a process of its own, which leaves Ctrl-C to the process that asks it."""
+
+    def __init__(self, cfg, seeds):
+        self.cfg, self.seeds = cfg, seeds
+
+    def __call__(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return make_task(self.cfg, self.seeds)
+
+
+def quiet_libraries():
+    """absl and TorchRL warn of what is meant here; their errors are still shown."""
+    for name in ("absl", "torchrl"):
+        logging.getLogger(name).setLevel(logging.ERROR)

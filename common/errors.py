@@ -1,0 +1,40 @@
+"""Faults that a person can mend, each said in one plain sentence."""
+
+import errno
+
+
+class UserError(Exception):
+    """A mistake that one sentence explains and the user can mend; shown without a traceback."""
+
+
+class DamageError(Exception):
+    """A checkpoint or its replay is not what was saved."""
+
+
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EIO,
+)
+
+
+def user_message(error):
+    """One sentence about an error that the user can mend.
+
+    That is a `UserError`, or a disk that is full, read-only, forbidden or failing. Any other error
+    is raised again, for it may be ours.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if error.errno not in DISK_ERRORS:
+        raise error
+    place = error.filename or "while writing to run_dir"
+    return (
+        f"{error.strerror or error} ({place}): free some space, or choose another run_dir;"
+        " what was saved stays, the same command goes on"
+    )

@@ -1,0 +1,233 @@
+"""Episodes of the evaluation policy, beside training or of a checkpoint.
+
+Nothing here changes what is learned.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
+from common.config import check_combinations
+from common.device import one_thread
+from common.errors import UserError
+from common.files import atomic_write
+from common.keys import MAY_CHANGE, flatten, set_key
+from common.plots import draw_dream
+from common.video import (
+    CONTEXT,
+    dream_frames,
+    evaluation_frames,
+    frames_per_second,
+    open_loop_frames,
+    write_film,
+)
+
+DREAM_ROWS = 45  # of a dream that is drawn from a chosen step
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    curves: dict[str, list]  # by step of the episode, or of the prediction
+    episodes: list[dict]
+    films: dict[str, Callable] = field(default_factory=dict)  # name -> () -> frames
+
+
+class Evaluation:
+    """Plays episodes with the evaluation policy, in an environment and with noise of its own.
+
+    The first one is compared with what model and critic say of it.
+
+    Args:
+        cfg: the whole configuration.
+        agent: see dreamer_utils.Agent.
+        policy: a TorchRL policy.
+        env: an environment for it.
+        seeds: `EpisodeSeeds` of that environment.
+        diagnostics: `Diagnostics`.
+    """
+
+    def __init__(self, cfg, agent, policy, env, seeds, diagnostics):
+        self.cfg, self.agent, self.policy = cfg, agent, policy
+        self.env, self.seeds, self.diagnostics = env, seeds, diagnostics
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # the same bits, whether training is compiled or not
+    def __call__(self, step, films=False):
+        """An `EvaluationResult` at `step` environment steps.
+
+        A step has its episodes and its noise, however many are asked for and whatever is drawn.
+        """
+        with one_thread(), torch.random.fork_rng():
+            self.seeds.episode = step
+            torch.manual_seed(next(self.seeds))
+            episodes = [self.play() for _ in range(self.cfg.eval.episodes)]
+            returns = [episode["reward"].double().sum().item() for episode in episodes]
+            lengths = [len(episode["reward"]) for episode in episodes]
+            metrics = {
+                "eval/return": sum(returns) / len(returns),
+                "eval/length": sum(lengths) / len(lengths) * self.cfg.env.action_repeat,
+                "eval/return_std": float(np.std(returns)),
+            }
+            torch.manual_seed(step)
+            result = EvaluationResult(metrics, {}, episodes)
+            if lengths[0] > 2:
+                self.compare_with_dreams(result, films)
+        if films:
+            for number, episode in enumerate(episodes, 1):
+                make_frames = functools.partial(evaluation_frames, episode)
+                result.films[f"evaluation_{number}"] = make_frames
+        result.curves["return"] = returns
+        return result
+
+    def play(self):
+        """One episode, see `Diagnostics`, where the agent is."""
+        limit = self.cfg.env.time_limit // self.cfg.env.action_repeat
+        steps = self.env.rollout(limit, self.policy)
+        after = steps["next"]
+        episode = {
+            "observation": torch.cat([steps["observation"][:1], after["observation"]]),
+            "action": steps["action"],
+            "reward": after["reward"].flatten(),
+            "state": after["state"],  # filtered with the observation before the step
+            "belief": after["belief"],
+        }
+        device = self.agent.world_model.device
+        return {name: value.to(device) for name, value in episode.items()}
+
+    def compare_with_dreams(self, result, films):
+        """Adds metrics, curves and films of the model and the critic on the first episode."""
+        episode = result.episodes[0]
+        metrics, curves, predicted, first = self.diagnostics.diagnose(
+            self.agent, episode, self.cfg.optimization, CONTEXT
+        )
+        result.metrics |= metrics
+        result.curves |= curves
+        if films:
+            length = len(episode["reward"])
+            context = min(CONTEXT, length - 1)
+            videos = self.diagnostics.predict_videos(
+                self.agent, episode, context - 1, length - context + 1
+            )
+            result.films = {
+                "open_loop": functools.partial(open_loop_frames, episode, predicted, first),
+                "dream": functools.partial(dream_frames, episode, context, videos),
+            }
+
+    @torch.no_grad()
+    def dream_from(self, step, episodes, number, environment_step):
+        """What is dreamed from a step of an episode on: at most 45 rows.
+
+        Args:
+            step: of training, which gives the noise.
+            number: of the episode, from 1 on.
+            environment_step: of the episode.
+        Returns:
+            the episode, the row, and the videos of `Diagnostics.predict_videos`.
+        """
+        if number > len(episodes):
+            raise UserError(
+                f"eval.dream_episode={number}: there are episodes 1 to {len(episodes)}: choose one"
+                " of these, or raise eval.episodes"
+            )
+        episode, repeat = episodes[number - 1], self.cfg.env.action_repeat
+        length = len(episode["reward"])
+        row, last = environment_step // repeat, length - 2
+        if row > last:
+            raise UserError(
+                f"eval.dream_step={environment_step}: episode {number} can be left at the steps 0"
+                f" to {last * repeat}: choose one of these"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(step)
+            rows = min(DREAM_ROWS, length - row)
+            videos = self.diagnostics.predict_videos(self.agent, episode, row, rows)
+        return episode, row, videos
+
+    def close(self):
+        """Ends the environment."""
+        if not self.env.is_closed:
+            self.env.close()
+
+
+# A checkpoint that is only evaluated
+
+
+def find_checkpoint(name):
+    """The path, the metadata and the states of a checkpoint, or of a run's newest whole one."""
+    path = Path(name)
+    if not path.exists():
+        raise UserError(
+            f"eval.checkpoint={path} does not exist: `ls runs/*/checkpoints` shows what there is"
+        )
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        raise UserError(
+            f"eval.checkpoint={path} holds no checkpoints: name a run directory, or a"
+            " file in its checkpoints/"
+        )
+    return newest_whole_checkpoint(
+        checkpoint_paths(path / "checkpoints") if path.is_dir() else [path]
+    )
+
+
+def take_over_config(cfg, saved):
+    """Gives `cfg` what a checkpoint was trained with.
+
+    `UserError` if the command line, or the checkpoint, says something else.
+    """
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    wrong = [word for word in given if not word.lstrip("+").startswith(MAY_CHANGE)]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: eval.checkpoint brings its own configuration: leave this out"
+        )
+    for key in flatten(cfg):
+        if key.startswith(MAY_CHANGE):
+            continue
+        if key not in saved:
+            raise UserError(f"the checkpoint knows no {key}: it comes from another version")
+        set_key(cfg, key, saved[key])
+    check_combinations(cfg)
+
+
+def write_evaluation(cfg, evaluation, path, step):
+    """Plays, prints the returns, and leaves numbers, films and dreams beside the checkpoint.
+
+    The same episodes give what training saw, to the bit (on a CPU).
+
+    Args:
+        evaluation: `Evaluation` of the agent in the checkpoint `path`.
+        step: environment steps of that checkpoint.
+    """
+    result = evaluation(step, films=cfg.eval.video)
+    returns = result.curves["return"]
+    dream = None
+    if cfg.eval.dream_episode:
+        chosen = cfg.eval.dream_episode, cfg.eval.dream_step
+        dream = evaluation.dream_from(step, result.episodes, *chosen)
+    for number, value in enumerate(returns, 1):
+        print(f"episode {number}: return {value:.2f}")
+    mean, std = result.metrics["eval/return"], result.metrics["eval/return_std"]
+    print(
+        f"mean {mean:.2f}, standard deviation {std:.2f} over {len(returns)} episodes, step"
+        f" {step:,} of {path}"
+    )
+    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    folder = run / f"evaluation_{step:09d}"
+    numbers = json.dumps(result.metrics | {"returns": returns}, indent=1)
+    atomic_write(folder / f"{len(returns)}_episodes.json", numbers + "\n")
+    for name, make_frames in result.films.items():
+        write_film(folder / f"{name}.mp4", make_frames, frames_per_second(cfg.env))
+    if dream:
+        name = f"dream_from_{cfg.eval.dream_episode}_{cfg.eval.dream_step}.png"
+        draw_dream(folder / name, *dream, cfg.env)
+    print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

@@ -1,0 +1,76 @@
+"""Layers that compute what PyTorch's compute, faster or in a safer precision."""
+
+import torch
+from torch import nn
+
+
+class FullPrecision(nn.Module):
+    """Ends a network: whatever autocast does inside, what comes out has at least float32."""
+
+    def forward(self, x):
+        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Deconvolution(nn.ConvTranspose2d):
+    """A transposed convolution of stride 2 without padding, faster on a CPU.
+
+    A 1 x 1 input is a matrix product, a larger one goes through `SubPixelConvolution`.
+    """
+
+    @classmethod
+    def like(cls, layer):
+        """A layer with the parameters of `layer`, an `nn.ConvTranspose2d`."""
+        size = layer.in_channels, layer.out_channels, layer.kernel_size
+        own = nn.utils.skip_init(cls, *size, stride=layer.stride)  # draws no random numbers
+        own.weight, own.bias = layer.weight, layer.bias
+        return own
+
+    def forward(self, x):
+        """[n, I, h, h] -> [n, O, 2 (h - 1) + k, same], as in PyTorch."""
+        device, weight, bias = x.device.type, self.weight, self.bias
+        if device != "cpu":
+            return super().forward(x)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        if x.shape[-1] > 1:
+            return SubPixelConvolution.apply(x, weight, bias)
+        height, width = weight.shape[2:]
+        image = x.flatten(1) @ weight.permute(0, 2, 3, 1).flatten(1)
+        return image.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2) + bias[:, None, None]
+
+
+class SubPixelConvolution(torch.autograd.Function):
+    """A transposed convolution of stride 2 as a plain one with four times the channels.
+
+    They are its four output phases (even and odd rows and columns). oneDNN's own transposed
+    convolution takes up to four times as long. Its backward is fine, but for the bias, whose
+    gradient is summed apart.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        """x [n, I, h, h] in channels_last, weight [I, O, k, k] -> [n, O, 2 (h - 1) + k, same]."""
+        ctx.save_for_backward(x, weight)
+        n, inputs, h, _ = x.shape
+        _, outputs, k, _ = weight.shape
+        half = (k + 1) // 2
+        # out[2 i + p] sums weight[2 j + p] x[i - j]: phase p convolves with every second weight.
+        phases = nn.functional.pad(weight, (0, k % 2, 0, k % 2))
+        phases = phases.reshape(inputs, outputs, half, 2, half, 2).flip(2, 4)
+        phases = phases.permute(3, 5, 1, 0, 2, 4).reshape(4 * outputs, inputs, half, half)
+        phases = phases.contiguous(memory_format=torch.channels_last)
+        image = nn.functional.conv2d(x, phases, bias.repeat(4), padding=half - 1)
+        size = image.shape[-1]
+        image = image.permute(0, 2, 3, 1).reshape(n, size, size, 2, 2, outputs).transpose(2, 3)
+        image = image.reshape(n, 2 * size, 2 * size, outputs)
+        size = 2 * (h - 1) + k
+        return image[:, :size, :size].contiguous().permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradients of x, weight and bias from that of the output."""
+        x, weight = ctx.saved_tensors
+        transposed = None, (2, 2), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False)
+        to_x, to_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, *transposed)
+        return to_x, to_weight, gradient.sum((0, 2, 3))

@@ -1,0 +1,217 @@
+"""One row of metrics at a time: to metrics.jsonl, to wandb, and to a progress bar.
+
+Nothing here changes what is learned. Times go to throughput.jsonl: the other files are the same
+to the byte, however often a run was stopped.
+"""
+
+import contextlib
+import json
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.artist import Artist
+from common.dashboard import start_wandb, to_wandb
+from common.files import read_jsonl
+from common.plots import draw_panel, interpolate_published, published_curve
+from common.video import frames_per_second, write_film
+
+FILES = {"metrics": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
+
+
+class Logger:
+    """Collects what happens since the last row, and writes the next one.
+
+    Args:
+        cfg: the whole configuration.
+        directory: of the run.
+        device: on which updates run, for the clock.
+        metadata: what a result depends on, for the dashboard.
+        step: environment steps at which this process starts.
+        saved: the state of the logger that goes on, or None.
+    """
+
+    SAVED = ("update_rows", "episode_rows", "seconds", "last_row", "evaluations", "wandb_id")
+
+    def __init__(self, cfg, directory, device, metadata, step=0, saved=None):
+        self.cfg, self.directory, self.device = cfg, directory, device
+        self.update_rows, self.episode_rows, self.seconds = [], [], {}  # since the last row
+        self.evaluation, self.evaluations, self.last_row = None, 0, 0
+        self.estimate_due = device.type == "cpu"
+        self.files = {
+            key: (directory / name).open("ab", buffering=0) for key, name in FILES.items()
+        }
+        self.published, self.artist = published_curve(cfg.env), Artist()
+        self.history = [
+            row
+            for row in read_jsonl(directory / FILES["metrics"])
+            if row["environment_steps"] <= step
+        ]
+        self.wandb, self.wandb_id = None, saved and saved["wandb_id"]
+        if cfg.logger.mode != "disabled":
+            self.wandb = start_wandb(cfg, directory, self.wandb_id)
+            self.wandb_id = self.wandb.id
+            self.wandb.define_metric("*", step_metric="environment_steps")
+            self.wandb.config.update({"run": metadata}, allow_val_change=True)
+        self.bar = tqdm(
+            total=cfg.collector.total_steps,
+            initial=step,
+            unit="step",
+            smoothing=0.05,
+            disable=not cfg.logger.progress,
+        )
+
+    def state_dict(self):
+        """What has not become a row yet, and how long the files are."""
+        lengths = {key: file.tell() for key, file in self.files.items()}
+        return {name: getattr(self, name) for name in self.SAVED} | {"lengths": lengths}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave; rows written after it are written again."""
+        for name in self.SAVED:
+            setattr(self, name, state[name])
+        self.update_rows = [
+            {name: value.to(self.device) for name, value in row.items()}
+            for row in self.update_rows
+        ]
+        for key, length in state["lengths"].items():
+            self.files[key].truncate(length)
+
+    @contextlib.contextmanager
+    def clock(self, phase):
+        """Adds the wall time of its block to `phase`, once a GPU has done its work."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def say(self, sentence):
+        """A line above the progress bar."""
+        self.bar.write(sentence)
+
+    # What happens between two rows
+
+    def add_update(self, metrics):
+        """Metrics of one update, tensors []."""
+        self.update_rows.append(metrics)
+
+    def add_episodes(self, episodes):
+        """Return and length of every training episode that ended."""
+        self.episode_rows += episodes
+
+    @property
+    def films_due(self):
+        """Whether the next evaluation is one that is filmed."""
+        every = self.cfg.logger.video_every
+        return self.cfg.logger.video and (self.evaluations + 1) % every == 0
+
+    def add_evaluation(self, step, result):
+        """An `EvaluationResult`; its films are drawn beside training."""
+        self.evaluation, self.evaluations = result, self.evaluations + 1
+        self.say(f"step {step:,}: evaluation return {result.metrics['eval/return']:.1f}")
+        fps = frames_per_second(self.cfg.env)
+        for name, make_frames in result.films.items():
+            path = self.directory / "videos" / f"{name}_{step:09d}.mp4"
+            self.artist.draw(f"eval/{name}", path, write_film, make_frames, fps)
+
+    def show_progress(self, step, updates):
+        """Moves the progress bar."""
+        if self.episode_rows:
+            shown = {"return": self.episode_rows[-1][0], "updates": updates}
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    # The row
+
+    def write_row(self, step, updates):
+        """Writes means over the updates and episodes since the last row, an evaluation, times."""
+        metrics, curves = self.evaluation_part(step)
+        if self.episode_rows:
+            returns, lengths = np.mean(self.episode_rows, 0).tolist()
+            metrics |= {"train/return": returns, "train/length": lengths}
+        for name in self.update_rows[0] if self.update_rows else ():
+            metrics[name] = torch.stack([row[name] for row in self.update_rows]).mean().item()
+        times = self.times(step)
+        counters = {
+            "environment_steps": step,
+            "agent_steps": step // self.cfg.env.action_repeat,
+            "updates": updates,
+        }
+        for key, row in (("metrics", metrics), ("times", times), ("curves", curves)):
+            if row:
+                self.files[key].write((json.dumps(counters | row) + "\n").encode())
+        self.history.append(counters | metrics)
+        if self.wandb:
+            self.wandb.log(counters | metrics | times | self.drawn_media(), step=step)
+        if curves:
+            self.draw_panel(self.evaluation.curves)
+        if self.update_rows and self.estimate_due:
+            self.estimate_due = False  # once is enough
+            self.say_estimate(step)
+        self.evaluation = None
+        self.update_rows, self.episode_rows, self.seconds, self.last_row = [], [], {}, step
+
+    def evaluation_part(self, step):
+        """Metrics of the evaluation, with the published ones, and its curves rounded."""
+        if self.evaluation is None:
+            return {}, {}
+        curves = self.evaluation.curves
+        metrics = self.evaluation.metrics | interpolate_published(self.published, step)
+        return metrics, {
+            name: [float(f"{x:.5g}") for x in curve] for name, curve in curves.items()
+        }
+
+    def times(self, step):
+        """Wall times of the phases since the last row, and the two rates."""
+        times = {f"throughput/{phase}_seconds": value for phase, value in self.seconds.items()}
+        times["throughput/environment_steps_per_second"] = (step - self.last_row) / self.seconds[
+            "collect"
+        ]
+        if self.update_rows:
+            rate = len(self.update_rows) / self.seconds["update"]
+            times["throughput/updates_per_second"] = rate
+        return times
+
+    def say_estimate(self, step):
+        """Says how long the rest takes at the speed since the last row."""
+        times = self.times(step)
+        seconds = 1 / times["throughput/environment_steps_per_second"]
+        seconds += self.cfg.optimization.train_ratio / times["throughput/updates_per_second"]
+        hours = (self.cfg.collector.total_steps - step) * seconds / 3600
+        smaller = "; a smaller run: python dreamer.py --config-name config_laptop"
+        self.say(f"about {hours:.1f} hours to go on this CPU" + smaller * (hours > 2))
+
+    # Pictures, and the end
+
+    def draw_panel(self, curves):
+        """The state of the run at a glance, drawn beside training."""
+        history = [dict(row) for row in self.history]
+        path, free_nats = self.directory / "panel.png", self.cfg.optimization.free_nats
+        self.artist.draw(
+            "eval/panel", path, draw_panel, history, curves, self.published, free_nats
+        )
+
+    def drawn_media(self, wait=False):
+        """{name: wandb's film or picture} of what has been drawn since the last row."""
+        drawn = self.artist.collect(self.say, wait)
+        return {name: to_wandb(path) for name, path in drawn.items()} if self.wandb else {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Ends what is being drawn (or leaves it), the progress bar, the files, the wandb run."""
+        hurry = kind is KeyboardInterrupt
+        media = self.drawn_media(wait=not hurry)
+        self.artist.close(hurry)
+        self.bar.close()
+        for file in self.files.values():
+            file.close()
+        if self.wandb:
+            if media:
+                counters = {"environment_steps": self.last_row}
+                self.wandb.log(counters | media, step=self.last_row)
+            self.wandb.finish()

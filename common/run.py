@@ -1,0 +1,226 @@
+"""One run: resumed, counted, checked, saved, and stopped by signals."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import checkpoint_paths, newest_whole_checkpoint, save_checkpoint
+from common.directory import RunDirectory
+from common.errors import DamageError, UserError
+from common.files import atomic_path
+from common.keys import flatten
+from common.opengl import no_opengl
+from common.report import run_summary, write_run_card
+from common.rows import restore_rows
+from common.signals import StopSignals
+
+with no_opengl():
+    from torchrl.checkpoint import GlobalRNGState
+
+
+class Run:
+    """The run in `cfg.run_dir`: its progress, its checkpoints, and whether it was asked to stop.
+
+    Entering finds the last whole checkpoint, if the directory holds a run: `saved` then has the
+    states of all parts, and `start` hands them out. Nothing is written before
+    `directory.claim()`, and if anything fails before `start`, nothing is left of a new run.
+
+    Attributes:
+        step: environment steps, action repeat counted.
+        previous_step: those before the last interaction, as far as it is not reported yet.
+        updates: update steps.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.path, self.config = cfg, Path(cfg.run_dir), flatten(cfg)
+        self.step, self.previous_step, self.updates = 0, 0, 0
+        self.saved, self.parts, self.metadata = {}, {}, {}
+        self.started = False
+        self.save_due, self.unchecked = False, []
+        self.directory, self.signals = RunDirectory(cfg), StopSignals()
+
+    def __enter__(self):
+        try:
+            if self.directory.find_run():
+                paths = checkpoint_paths(self.path / "checkpoints")
+                _, _, self.saved = newest_whole_checkpoint(paths, self.check_states)
+                self.load_state_dict(self.saved["progress"])
+        except BaseException:
+            self.directory.unlock()
+            raise
+        return self
+
+    def check_states(self, states):
+        """Restores the rows of the replay that a checkpoint was saved with, and checks them."""
+        if "replay" not in states or "progress" not in states:
+            raise UserError(
+                f"the run in {self.path} was made by an earlier version of this code, which keeps"
+                " its state in another way: go on with that version (git_revision in"
+                f" {self.path / 'run.json'}), or choose another name=..."
+            )
+        try:
+            restore_rows(self.path / "replay", states["replay"])
+        except (OSError, KeyError, RuntimeError) as error:
+            raise DamageError(f"its replay cannot be read: {error}") from None
+
+    # From the first part to the last
+
+    def start(self, metadata, **parts):
+        """Gives all parts the states that were saved, or saves a new run for the first time.
+
+        Args:
+            metadata: what a result depends on, for the run card.
+            parts: {name: an object with `state_dict` and `load_state_dict`}.
+        """
+        self.metadata, self.parts = metadata, parts | {"progress": self}
+        for name, part in self.parts.items() if self.saved else ():
+            part.load_state_dict(self.saved[name])
+        if not self.saved:
+            self.save()
+            self.directory.write_config()
+        self.started = True
+        print(
+            f"{'going on at' if self.step else 'training from'} step {self.step:,} on"
+            f" {metadata['device']} in {metadata['precision']}, run in {self.path}"
+        )
+        self.write_card("running")
+        if self.saved:  # last, so that nothing above has drawn from them
+            GlobalRNGState().load_state_dict(self.saved["random"])
+        self.saved = {}
+        self.signals.listen()
+
+    def __exit__(self, kind, error, trace):
+        """Prints the summary; after a signal, the process ends here."""
+        self.signals.restore()
+        if not self.started:
+            self.directory.remove_traces()
+        elif kind is None:
+            state = "stopped" if self.stop_signal else "finished"
+            print(run_summary(self.cfg, self.write_card(state)))
+        self.directory.unlock()
+        if self.stop_signal and kind is None:
+            print(f"saved at step {self.step:,}: the same command goes on", file=sys.stderr)
+            self.signals.end_process()
+
+    # Progress
+
+    def state_dict(self):
+        """The three counters."""
+        names = ("step", "previous_step", "updates")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def crossed(self, every):
+        """Whether the last interaction passed a multiple of `every` environment steps."""
+        return self.previous_step // every != self.step // every
+
+    @property
+    def at_end(self):
+        """Whether all environment steps are done."""
+        return self.step >= self.cfg.collector.total_steps
+
+    @property
+    def stop_signal(self):
+        """The number of the first signal that asked for an end, or None."""
+        return self.signals.received
+
+    @property
+    def finished(self):
+        """Whether there is nothing left to do, or a signal asked for an end."""
+        return self.at_end or self.stop_signal is not None
+
+    @property
+    def report_due(self):
+        """Whether steps were taken since the last report; after a signal, it comes later."""
+        return self.previous_step != self.step and self.stop_signal is None
+
+    @property
+    def evaluation_due(self):
+        """Every `eval.every` environment steps, and at the end."""
+        every = self.cfg.eval.every
+        return every > 0 and self.updates > 0 and (self.crossed(every) or self.at_end)
+
+    @property
+    def row_due(self):
+        """Every `logger.every` environment steps, and whenever there was an evaluation."""
+        return self.crossed(self.cfg.logger.every) or self.at_end or self.evaluation_due
+
+    def reported(self):
+        """Ends a report: what was due for the last steps is done, or will be saved."""
+        self.save_due = self.crossed(self.cfg.checkpoint.every) or self.at_end
+        self.previous_step = self.step
+
+    def count_steps(self, transitions):
+        """Counts the environment steps of new transitions, action repeat included."""
+        self.previous_step = self.step
+        self.step += transitions.numel() * self.cfg.env.action_repeat
+
+    def count_update(self, batch, metrics):
+        """Counts an update; `UserError` if its numbers are not finite (a GPU is one ahead)."""
+        self.updates += 1
+        self.unchecked.append((self.updates, batch, metrics))
+        on_gpu = batch["reward"].device.type == "cuda"
+        while len(self.unchecked) > on_gpu:
+            self.check_update(*self.unchecked.pop(0))
+
+    def check_update(self, update, batch, metrics):
+        """`UserError` if a loss or a gradient of an update is not finite; keeps its batch.
+
+        With float16 a gradient may overflow: loss scaling then skips the step.
+        """
+        float16 = self.metadata["precision"] == str(torch.float16)
+        names = [name for name in metrics if not (float16 and "grad_norm" in name)]
+        finite = torch.stack([metrics[name] for name in names]).isfinite()
+        if finite.all():
+            return
+        name = next(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
+        path = self.path / f"not_finite_{update}.pt"
+        with atomic_path(path) as aside:
+            torch.save({"batch": batch.cpu().to_dict(), "metrics": metrics}, aside)
+        raise UserError(
+            f"{name} is not finite in update {update}: its batch is in {path}, the"
+            f" last finite weights are in {self.path / 'checkpoints'}; lower the"
+            " learning rates, or use optimization.autocast=false"
+        )
+
+    # Saving
+
+    def check_weights(self, agent):
+        """`UserError` if a weight is not finite: the simulator would only complain of actions."""
+        for name, weight in agent.named_parameters():
+            if not weight.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite after update {self.updates}: the last"
+                    f" finite weights are in {self.path / 'checkpoints'}; lower"
+                    " the learning rates, or use optimization.autocast=false"
+                )
+
+    def save_if_due(self):
+        """Saves every `checkpoint.every` environment steps, at the end, and after a signal."""
+        if self.save_due or self.stop_signal:
+            self.save()
+            self.write_card("running")
+        self.save_due = False
+
+    def save(self):
+        """Saves everything that the next step depends on."""
+        replay = self.parts["replay"]
+        metadata = {"step": self.step, "episodes": replay.episodes, "config": self.config}
+        kept = save_checkpoint(
+            self.path / "checkpoints",
+            self.cfg.checkpoint.keep,
+            self.step,
+            metadata,
+            self.parts | {"random": GlobalRNGState()},
+        )
+        replay.forget(min(metadata["episodes"] for metadata in kept))
+
+    def write_card(self, state):
+        """Writes run.json, the run in numbers, and returns it."""
+        progress = {"state": state, "environment_steps": self.step, "updates": self.updates}
+        return write_run_card(self.path, progress | self.metadata)
