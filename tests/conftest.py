@@ -1,7 +1,6 @@
 """What every test shares. The golden arrays are what the official TF2 code computed."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("DREAMER_GOLDEN", ROOT / "tests" / "golden"))
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +44,7 @@ def golden():
 @pytest.fixture(scope="session", autouse=True)
 def opengl():
     """One process runs tests from pixels and from states: it needs OpenGL before dm_control."""
-    import dreamer_utils
+    from common.opengl import select_gl
 
-    dreamer_utils.select_gl()
+    select_gl()
     import dm_control.suite  # noqa: F401

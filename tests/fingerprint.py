@@ -1,4 +1,4 @@
-"""What a finished run is, as digests: weights, optimisers, generators, replay, metrics, curves."""
+"""What a finished run is, as digests: weights, optimizers, generators, replay, metrics, curves."""
 
 import hashlib
 import zipfile

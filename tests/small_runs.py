@@ -10,19 +10,22 @@ import dreamer
 import dreamer_utils as utils
 
 ROOT = Path(dreamer.__file__).parent
-SMALL = [
-    "device=cpu", "env.name=cartpole", "env.task=balance", "env.from_pixels=false",
-    "env.time_limit=40", "collector.random_steps=80", "collector.train_every=40",
-    "collector.total_steps=240", "replay_buffer.batch_size=24", "replay_buffer.batch_length=8",
-    "networks.belief_dim=16", "networks.state_dim=4", "networks.hidden_dim=16",
-    "networks.channels=2", "optimization.horizon=4", "optimization.pretrain=2",
-    "optimization.train_ratio=0.025", "eval.every=80", "logger.every=40",
-    "logger.mode=disabled", "logger.progress=false", "optimization.autocast=false",
-]  # fmt: skip
+SMALL = """
+device=cpu
+env.name=cartpole env.task=balance env.from_pixels=false env.time_limit=40
+collector.random_steps=80 collector.train_every=40 collector.total_steps=240
+replay_buffer.batch_size=24 replay_buffer.batch_length=8
+networks.belief_dim=16 networks.state_dim=4 networks.hidden_dim=16 networks.channels=2
+optimization.horizon=4 optimization.pretrain=2 optimization.train_ratio=0.025
+optimization.autocast=false
+eval.every=80
+logger.every=40 logger.mode=disabled logger.progress=false
+""".split()
 
 
 def configure(*overrides, name="config"):
     """The checked configuration that these command-line overrides give."""
+    utils.register_configs()
     with initialize(config_path=None, version_base="1.3"):
         return utils.load_config(compose(name, overrides=[*overrides]))
 
