@@ -24,6 +24,7 @@ def computes_bfloat16(device):
     """Whether the device computes in bfloat16 natively; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch has no public question for it.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

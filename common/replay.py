@@ -117,7 +117,7 @@ class Replay:
         Returns:
             the return and the length in environment steps of every episode that they end.
         """
-        finished = []
+        ended = []
         for number, steps in enumerate(transitions.reshape(-1, transitions.shape[-1])):
             if not steps["next", "reward"].isfinite().all():
                 raise UserError(
@@ -132,8 +132,8 @@ class Replay:
                     self.pending[number] = [reset_row(piece)]
                 self.pending[number].append(step_rows(piece))
                 if piece["next", "done"].any():
-                    finished.append(self.add_episode(torch.cat(self.pending.pop(number))))
-        return finished
+                    ended.append(self.add_episode(torch.cat(self.pending.pop(number))))
+        return ended
 
     def add_episode(self, rows):
         """Stores the rows [T + 1] of an episode; returns its return and its length."""

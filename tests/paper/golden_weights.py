@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-import dreamer_utils as utils
+import dreamer
+from common.envs import IMAGE
 
 # Largest |got - want| / (1 + |want|)
 OUTPUT = {torch.float64: 1e-8, torch.float32: 1e-5}
@@ -42,14 +43,14 @@ def check(got, want, tolerance, name=""):
 
 def config(data=()):
     """config.yaml, with the sizes of the networks whose weights are in `data`."""
-    cfg = OmegaConf.load(Path(utils.__file__).with_name("config.yaml"))
+    cfg = OmegaConf.load(Path(dreamer.__file__).with_name("config.yaml"))
     size = {name.removeprefix("w."): data[name].shape for name in data if name.startswith("w.")}
     heads = [name for name in ("actor", "reward", "value", "pcont") if f"{name}.h0.bias" in size]
     if "rssm.gru.bias" in size:
         state, belief = size["rssm.img3.bias"][0] // 2, size["rssm.gru.bias"][1] // 3
     else:  # only their sum is known, and only their sum matters
-        inputs = [size[name][0] for name in ("dec.h1.kernel", *(f"{h}.h0.kernel" for h in heads))
-                  if name in size]  # fmt: skip
+        first = ["dec.h1.kernel", *(f"{head}.h0.kernel" for head in heads)]
+        inputs = [size[name][0] for name in first if name in size]
         state, belief = 1, max(inputs, default=2) - 1
     if heads:
         hidden = size[f"{heads[0]}.h0.bias"][0]
@@ -74,7 +75,7 @@ def load_agent(data):
     else:
         action_dim = 1
     pixels = "w.enc.h1.kernel" in data or "w.dec.h1.kernel" in data
-    agent = utils.Agent(cfg, utils.IMAGE if pixels else (1,), action_dim)
+    agent = dreamer.make_agent(cfg, IMAGE if pixels else (1,), action_dim)
     agent.to(next(data[name].dtype for name in data if name.startswith("w.")))
     with torch.no_grad():
         for name, parameter, array in official(agent, data, "w"):
@@ -92,8 +93,12 @@ def official(agent, data, kind):
         kernel, bias = data[f"{kind}.{name}.kernel"], data[f"{kind}.{name}.bias"]
         if name == "rssm.gru":
             recurrent = data[f"{kind}.{name}.recurrent_kernel"]
-            arrays = {"weight_ih": kernel.T, "weight_hh": recurrent.T,
-                      "bias_ih": bias[0], "bias_hh": bias[1]}  # fmt: skip
+            arrays = {
+                "weight_ih": kernel.T,
+                "weight_hh": recurrent.T,
+                "bias_ih": bias[0],
+                "bias_hh": bias[1],
+            }
             for part, array in arrays.items():
                 update_gate, reset_gate, candidate = array.chunk(3)
                 array = torch.cat([reset_gate, update_gate, candidate])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_weights import GRADIENT, OUTPUT, check, config, load_agent
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 from torchrl.modules import DreamerActor, TanhNormal
 from torchrl.objectives import DreamerModelLoss
 from torchrl.objectives.value.functional import td_lambda_return_estimate
@@ -42,8 +42,7 @@ def double_sum(reward, value, discount, lambda_):
     return torch.stack(targets, 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Eq. (3)
+# --- Eq. (3) -------------------------------------------------------------------------------------
 
 
 def test_eq03_action_model_is_torchrl_tanh_normal(golden):
@@ -58,11 +57,12 @@ def test_eq03_action_model_is_torchrl_tanh_normal(golden):
     sample, log_prob = oracle.rsample_and_log_prob()
     torch.manual_seed(1)
     noise = torch.normal(torch.zeros_like(mean), torch.ones_like(mean))
-    check(dreamer.act(mean, std, noise), sample, 2e-6, "sample")  # TorchRL stops 1e-6 short of +-1
+    action = dreamer.sample_action(mean, std, noise)
+    check(action, sample, 2e-6, "sample")  # TorchRL stops 1e-6 short of +-1
     check(dreamer.action_log_prob(mean, std, noise), log_prob, 1e-5, "log_prob")
 
 
-def test_eq03_log_prob_integrates_to_one():
+def test_eq03_density_of_actions_integrates_to_one():
     """Sum of the density of actions over a fine grid of the values before the tanh."""
     raw = torch.linspace(-12, 12, 100_001, dtype=torch.float64)[:, None]
     mean, std = torch.full_like(raw, 0.3), torch.full_like(raw, 0.8)
@@ -70,12 +70,11 @@ def test_eq03_log_prob_integrates_to_one():
     check(torch.trapezoid(density, torch.tanh(raw[:, 0])), 1.0, 1e-6)
 
 
-# -------------------------------------------------------------------------------------------------
-# Eqs. (4), (5), (6)
+# --- Eqs. (4), (5), (6) --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["const", "var"])
-def test_eq06_returns_are_official(golden, dtype, kind):
+def test_eq06_returns_equal_the_official_ones(golden, dtype, kind):
     data = golden("returns", dtype)
     reward, value, discount = data["reward"].T, data["value"].T, data[f"{kind}_pcont"].T
     target = dreamer.lambda_return(reward, value, discount, HP.lambda_)
@@ -83,7 +82,7 @@ def test_eq06_returns_are_official(golden, dtype, kind):
 
 
 @pytest.mark.parametrize("lambda_", [0, 1])
-def test_eq06_returns_at_the_limits_are_official(golden, dtype, lambda_):
+def test_eq06_returns_at_both_limits_equal_the_official_ones(golden, dtype, lambda_):
     data = golden("returns", dtype)
     reward, value = data["reward"].T, data["value"].T
     target = dreamer.lambda_return(reward, value, torch.full_like(reward, HP.gamma), lambda_)
@@ -111,7 +110,7 @@ def test_eq05_lambda_zero_is_one_reward_and_the_next_value():
 
 
 @pytest.mark.parametrize("varying", [False, True])
-def test_eq06_agrees_with_torchrl(varying):
+def test_eq06_returns_equal_those_of_torchrl(varying):
     reward, value, discount = dream()
     discount = discount if varying else torch.full_like(discount, HP.gamma)
     r, v, c = reward[:, :-1, None], value[:, 1:, None], discount[:, :-1, None]
@@ -120,8 +119,7 @@ def test_eq06_agrees_with_torchrl(varying):
     check(dreamer.lambda_return(reward, value, discount, HP.lambda_), oracle.squeeze(-1), 1e-12)
 
 
-# -------------------------------------------------------------------------------------------------
-# Eqs. (7) and (8)
+# --- Eqs. (7), (8) -------------------------------------------------------------------------------
 
 
 def test_eq07_discount_weight_is_the_product_of_earlier_discounts():
@@ -169,13 +167,18 @@ def test_eq07_gradient_on_linear_dynamics_is_the_hand_derived_one():
     w, k, sigma = theta = torch.tensor([0.5, -0.1, 0.3], dtype=torch.float64).requires_grad_()
     noise = {x: torch.randn(n, h, 1, dtype=torch.float64) for x in ("action", "state")}
     start = torch.randn(1, n, 1, dtype=torch.float64).requires_grad_()
-    step = lambda s, m, u, e: (s, e, a * s + b * u + d * e, m)  # noqa: E731
-    world_model = SimpleNamespace(prior=step, reward=lambda s, m: p * s + q, discount=None)
-    actor = lambda s, m: (w * s + k, sigma.expand_as(s))  # noqa: E731
+    world_model = SimpleNamespace(
+        prior=lambda s, m, u, e: (s, e, a * s + b * u + d * e, m),
+        reward=lambda s, m: p * s + q,
+        discount=None,
+    )
     value_net = nn.Linear(1, 1).double()
+    agent = SimpleNamespace(
+        world_model=world_model,
+        actor=lambda s, m: (w * s + k, sigma.expand_as(s)),
+        value=lambda s, m: value_net(s),
+    )
     posterior = {"state": start, "belief": torch.zeros_like(start)}
-    value = lambda s, m: value_net(s)  # noqa: E731
-    agent = SimpleNamespace(world_model=world_model, actor=actor, value=value)
     actor_loss, value_loss, _ = dreamer.behavior_learning(agent, posterior, noise, HP)
     (got,) = torch.autograd.grad(actor_loss, theta, retain_graph=True)
     assert torch.autograd.grad(actor_loss, start, allow_unused=True, retain_graph=True) == (None,)
@@ -188,7 +191,8 @@ def test_eq07_gradient_on_linear_dynamics_is_the_hand_derived_one():
             direct = torch.cat([s, torch.ones_like(s), noise["action"][:, t]], 1)  # of w, k, sigma
             ds = a * ds + b * (1 - u.square()) * direct
             s = a * s + b * u + d * noise["state"][:, t]
-            states.append(s), slopes.append(ds)
+            states.append(s)
+            slopes.append(ds)
         states, slopes = torch.cat(states, 1), torch.stack(slopes, 1)  # [n, h], [n, h, 3]
         discount = torch.full_like(states, HP.gamma)
         weight = HP.gamma ** torch.arange(h - 1, dtype=torch.float64)
@@ -208,8 +212,7 @@ def test_eq07_gradient_on_linear_dynamics_is_the_hand_derived_one():
         check(got_value[1].squeeze(), error.mean(), 1e-10, "value offset")
 
 
-# -------------------------------------------------------------------------------------------------
-# Eq. (10)
+# --- Eq. (10) ------------------------------------------------------------------------------------
 
 
 def kl_of(prior_mean, prior_std, post_mean, post_std):
@@ -219,7 +222,7 @@ def kl_of(prior_mean, prior_std, post_mean, post_std):
     )
 
 
-def test_eq10_kl_and_free_nats_with_gradients(golden, dtype):
+def test_eq10_kl_and_free_nats_equal_the_official_ones(golden, dtype):
     data = golden("kl", dtype)
     floors = [match[1] for name in data if (match := re.fullmatch(r"free(.*)_div", name))]
     assert len(floors) > 1
@@ -236,7 +239,7 @@ def test_eq10_kl_and_free_nats_with_gradients(golden, dtype):
 
 
 @pytest.mark.parametrize("floor", [0.5, 2])  # times the mean KL: one floor below it, one above
-def test_eq10_kl_agrees_with_torchrl(golden, floor):
+def test_eq10_kl_and_its_gradient_equal_those_of_torchrl(golden, floor):
     data = golden("kl")
     inputs, others = ([data[name].clone().requires_grad_() for name in LATENT] for _ in range(2))
     free_nats = floor * data["kl"].mean().item()
@@ -268,5 +271,5 @@ def test_eq10_log_normal_has_a_half_and_a_constant():
 
 def test_entropy_is_that_of_independent_gaussians():
     std = torch.rand(3, 5) + 0.1
-    normal = torch.distributions.Independent(torch.distributions.Normal(0.0 * std, std), 1)
+    normal = Independent(Normal(0.0 * std, std), 1)
     torch.testing.assert_close(dreamer.normal_entropy(std), normal.entropy())

@@ -16,7 +16,8 @@ from golden_weights import (
 from torch.distributions import Normal
 
 import dreamer
-import dreamer_utils as utils
+from common.diagnostics import given_actions
+from common.envs import IMAGE
 
 
 def split(agent, features):
@@ -25,7 +26,7 @@ def split(agent, features):
     return features.split([size["state"], size["belief"]], -1)
 
 
-def test_encoder(golden, dtype):
+def test_encoder_equals_the_official_one(golden, dtype):
     data = golden("encoder", dtype)
     agent = load_agent(data)
     pixels = agent.world_model.preprocess(data["image_u8"])
@@ -39,7 +40,7 @@ def test_encoder(golden, dtype):
     check_gradients(agent, data, GRADIENT[dtype])
 
 
-def test_decoder(golden, dtype):
+def test_decoder_equals_the_official_one(golden, dtype):
     data = golden("decoder", dtype)
     agent, features = load_agent(data), data["feat"].requires_grad_()
     mean = agent.world_model.decoder(*split(agent, features))
@@ -80,7 +81,7 @@ def test_eq01_observe_filters_like_the_official_rssm(golden, dtype):
     check_gradients(agent, data, GRADIENT[dtype])
 
 
-def test_eq01_one_step_of_the_transition_and_representation_models(golden, dtype):
+def test_eq01_one_step_of_both_models_equals_the_official_one(golden, dtype):
     data = golden("rssm", dtype)
     model = load_agent(data).world_model
     inputs = data["step_prev_stoch"], data["step_prev_deter"], data["step_action"]
@@ -92,25 +93,25 @@ def test_eq01_one_step_of_the_transition_and_representation_models(golden, dtype
     check_state((*posterior, belief), data, "step_obs_post", OUTPUT[dtype])
 
 
-def test_eq01_imagination_with_given_actions(golden, dtype):
+def test_eq01_dreams_of_given_actions_equal_the_official_ones(golden, dtype):
     data = golden("rssm", dtype)
-    model = load_agent(data).world_model
-    state, belief, steps = data["post_stoch"][:, 0], data["post_deter"][:, 0], []
-    for action, noise in zip(data["imagine_action"].unbind(1), data["imagine_noise"].unbind(1)):
-        steps.append(model.prior(state, belief, action, noise))
-        state, belief = steps[-1][2:]
-    steps = [torch.stack(values, 1) for values in zip(*steps)]
-    check_state(steps, data, "imagine", OUTPUT[dtype])
+    model, steps = load_agent(data).world_model, []
+    model.prior.register_forward_hook(lambda module, inputs, outputs: steps.append(outputs))
+    start = data["post_stoch"][:, 0], data["post_deter"][:, 0]
+    choose_action = given_actions(data["imagine_action"])
+    state, belief = dreamer.imagine(model, choose_action, *start, data["imagine_noise"])
+    mean, std, _, _ = (torch.stack(values, 1) for values in zip(*steps))
+    check_state((mean, std, state, belief), data, "imagine", OUTPUT[dtype])
 
 
-def test_recurrent_cell(golden, dtype):
+def test_recurrent_cell_equals_the_official_one(golden, dtype):
     data = golden("rssm", dtype)
     cell = load_agent(data).world_model.prior.rnn
     check(cell(data["gru_x"], data["gru_h"]), data["gru_out"], OUTPUT[dtype], "gru_out")
 
 
 @pytest.mark.parametrize("head", ["reward", "value", "pcont"])
-def test_heads(golden, dtype, head):
+def test_reward_value_and_discount_models_equal_the_official_ones(golden, dtype, head):
     data = golden("heads", dtype)
     agent, features = load_agent(data), data["feat"].requires_grad_()
     heads = {
@@ -134,18 +135,22 @@ def test_heads(golden, dtype, head):
     check_gradients(agent, own, GRADIENT[dtype])
 
 
-def test_eq03_actor(golden, dtype):
+def test_eq03_actor_samples_the_official_actions(golden, dtype):
     data = golden("actor", dtype)
     agent = load_agent(data)
     mean, std = agent.actor(*split(agent, data["feat"]))
     check(mean, data["mean"], OUTPUT[dtype], "mean")
     check(std, data["std"], OUTPUT[dtype], "std")
-    action = dreamer.act(mean, std, data["noise"])
+    action = dreamer.sample_action(mean, std, data["noise"])
     check(action, data["action"], OUTPUT[dtype], "action")
     (data["cot"] * action).sum().backward()
     check_gradients(agent, data, GRADIENT[dtype])
+
+
+def test_exploration_noise_equals_the_official_one(golden, dtype):
+    data = golden("actor", dtype)
     scale = config().collector.exploration_noise
-    explored = dreamer.explore(data["action"], data["expl_noise"], scale)
+    explored = dreamer.add_exploration_noise(data["action"], data["expl_noise"], scale)
     check(explored, data["expl_action"], OUTPUT[dtype], "expl_action")
 
 
@@ -155,7 +160,7 @@ def official_inverse(action):
 
 
 @pytest.mark.parametrize("kind", ["action", "given"])
-def test_eq03_log_prob_of_an_action(golden, kind):
+def test_eq03_log_prob_of_an_action_equals_the_official_one(golden, kind):
     data = golden("actor")
     action = data["action" if kind == "action" else "given_action"]
     noise = (official_inverse(action) - data["mean"]) / data["std"]
@@ -163,13 +168,13 @@ def test_eq03_log_prob_of_an_action(golden, kind):
     check(log_prob, data[f"{kind}_log_prob"], {"action": 1e-5, "given": 1e-4}[kind])
 
 
-def test_most_likely_action(golden, dtype):
+def test_mode_action_is_the_densest_sample_of_its_own_row(golden, dtype):
     """Each row takes its own best sample; officially all rows take the sample of row 0."""
     data = golden("actor", dtype)
     mean, std, noise = data["mean"], data["std"], data["mode_batch_noise"]
-    one = dreamer.most_likely_action(mean[:1], std[:1], data["mode_noise"])
+    one = dreamer.mode_action(mean[:1], std[:1], data["mode_noise"])
     check(one, data["mode"], OUTPUT[dtype], "mode")
-    batch = dreamer.most_likely_action(mean, std, noise)
+    batch = dreamer.mode_action(mean, std, noise)
     check(batch[0], data["mode_batch_official"][0], OUTPUT[dtype], "mode_batch_official")
     samples = torch.tanh(mean + std * noise)
     for row, got in enumerate(batch):
@@ -178,11 +183,11 @@ def test_most_likely_action(golden, dtype):
         check(got, samples[log_prob.sum(-1).argmax(), row], OUTPUT[dtype], f"row {row}")
 
 
-def test_initialisation_is_glorot_orthogonal_and_zero():
+def test_initialization_is_glorot_orthogonal_and_zero():
     cfg = config()
     cfg.networks.update(state_dim=10, belief_dim=40, hidden_dim=50, channels=4)
     cfg.optimization.predict_discount = True
-    for name, parameter in utils.Agent(cfg, utils.IMAGE, 3).named_parameters():
+    for name, parameter in dreamer.make_agent(cfg, IMAGE, 3).named_parameters():
         if "bias" in name:
             assert not parameter.any(), name
         elif name.endswith("weight_hh"):

@@ -1,6 +1,4 @@
-"""Acting with the official weights: three steps, while collecting and while evaluating."""
-
-import functools
+"""Acting: three steps with the official weights in both policies, and what an agent remembers."""
 
 import pytest
 import torch
@@ -37,7 +35,7 @@ def play(data, agent, mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_policy(golden, dtype, mode):
+def test_alg1_policies_act_like_the_official_ones(golden, dtype, mode):
     data = golden("policy", dtype)
     for t, got in play(data, load_agent(data), mode):
         for part, value in got.items():
@@ -45,16 +43,19 @@ def test_policy(golden, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_policy_treats_every_row_alone(golden, mode):
+def test_alg1_policies_treat_every_row_alone(golden, mode):
     """Several environments at once act as each of them would act alone, with its own noise."""
     data = golden("policy")
     agent, n = load_agent(data), len(data["obs_u8"])
     size, samples = agent.world_model.sizes, () if mode == "train" else (20,)
     shapes = {name: (n, size[name]) for name in ("action", "state", "belief")}
     action, state, belief = (torch.randn(s, dtype=torch.float64) for s in shapes.values())
-    shapes = {"prior": shapes["state"], "posterior": shapes["state"],
-              "exploration": shapes["action"],
-              "action": (*samples, *shapes["action"])}  # fmt: skip
+    shapes = {
+        "prior": shapes["state"],
+        "posterior": shapes["state"],
+        "exploration": shapes["action"],
+        "action": (*samples, *shapes["action"]),
+    }
     noise = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def act(rows):
@@ -69,22 +70,26 @@ def test_policy_treats_every_row_alone(golden, mode):
         check(got, torch.cat(want), 1e-8)
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_the_memory_travels_with_the_environment(tmp_path, copies):
-    flags = [f"run_dir={tmp_path / 'run'}", f"env.n_parallel_envs={copies}",
-             f"collector.random_steps={80 * copies}"]  # fmt: skip
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_the_memory_travels_with_the_environment(n_envs):
+    flags = f"env.n_parallel_envs={n_envs}", f"collector.random_steps={80 * n_envs}"
     cfg = configure(*SMALL, *flags)
-    rule = functools.partial(dreamer.collection_policy, scale=0.3)
-    with utils.Run(cfg, rule, dreamer.EVALUATION) as run:
-        phases = [next(run.interaction).reshape(copies, -1).clone() for _ in range(8)]
+    env = utils.make_env(cfg)
+    agent = dreamer.make_agent(cfg, *utils.env_sizes(env))
+    policy = utils.Policy(agent, dreamer.collection_policy, scale=0.3)
+    collector = utils.make_collector(cfg, env, policy)
+    try:
+        phases = [collector.collect().reshape(n_envs, -1).clone() for _ in range(8)]
+    finally:
+        collector.close()
     seen = torch.cat(phases, 1)
     first = seen["step_count"].squeeze(-1) == 0
-    assert (first.sum(1) >= 4).all(), "no copy was reset"
+    assert (first.sum(1) >= 4).all(), "an environment was not reset"
     memory = {"previous_action": "action"}
     memory |= {name: ("next", name) for name in ("state", "belief")}
     for now, before in memory.items():
         assert (seen[now][first] == 0).all(), f"{now} outlives a reset"
-        goes_on = ~first[:, 1:]
-        carried, made = seen[now][:, 1:][goes_on], seen[before][:, :-1][goes_on]
+        same_episode = ~first[:, 1:]
+        carried, made = seen[now][:, 1:][same_episode], seen[before][:, :-1][same_episode]
         assert torch.equal(carried, made), f"{now} is lost on the way"
         assert (carried != 0).any()
