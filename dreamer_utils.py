@@ -378,7 +378,9 @@ def env_sizes(env):
 def close_env(env):
     """Ends an environment and its processes, if it is still open."""
     if not env.is_closed:
-        env.close()
+        # If a worker died, TorchRL ends the others and complains again.
+        with contextlib.suppress(RuntimeError, ValueError):
+            env.close()
 
 
 class Policy(TensorDictModuleBase):

@@ -8,6 +8,7 @@ class FullPrecision(nn.Module):
     """Ends a network: whatever autocast does inside, what comes out has at least float32."""
 
     def forward(self, x):
+        """x [...], in float32 if it was rounded below that."""
         return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

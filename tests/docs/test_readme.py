@@ -1,4 +1,4 @@
-"""The README is true: its commands, its tables, its pins."""
+"""The README and the pages in docs/ are true: their commands, tables, links and pins."""
 
 import ast
 import json
@@ -10,34 +10,58 @@ import tomllib
 import pytest
 from small_runs import ROOT, SMALL, configure
 
-import dreamer
-import dreamer_utils as utils
-
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python dreamer\.py *((?:[^\s#`]+ ?)*)", README)
+DOCS = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+TEXT = "\n".join([README, *DOCS.values()])
+COMMANDS = re.findall(r"(?:python|uv run) dreamer\.py *((?:[^\s#`]+ ?)*)", TEXT)
 
 
-def test_the_equation_table_names_functions_and_tests_that_exist():
-    table = README.split("| equation |")[1].split("\n\n")[0]
-    rows = re.findall(r"\| `(\w+)` \| `(\w+)` \|$", table, re.MULTILINE)
+def table_rows(text, first_column):
+    """The rows of the table whose first column has this name, each a list of cells."""
+    table = text.split(f"| {first_column} |")[1].split("\n\n")[0]
+    lines = table.splitlines()[2:]  # what is left of the names, and the dashes
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def functions(path):
+    """The names of all functions of a file."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def all_tests():
+    """The names of all tests."""
+    paths = (ROOT / "tests").rglob("test_*.py")
+    return {name for path in paths for name in functions(path) if name.startswith("test_")}
+
+
+def test_the_equation_table_names_files_functions_and_tests_that_exist():
+    tests, rows = all_tests(), table_rows(README, "equation")
     assert len(rows) >= 10
-    tests = {
-        node.name
-        for path in (ROOT / "tests").glob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    for function, test in rows:
-        assert callable(getattr(dreamer, function)), function
-        assert test in tests, test
+    for equation, _, *places in rows:
+        file, function, test = (re.fullmatch(r"`([\w./]+)`", place)[1] for place in places)
+        assert function in functions(ROOT / file), equation
+        assert test in tests, equation
 
 
 def test_the_table_of_faults_names_tests_that_exist():
-    table = README.split("| fault |")[1].split("\n\n")[0]
-    named = re.findall(r"`(test_\w+)`", table)
-    assert len(named) >= 16
-    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert [name for name in named if f"def {name}(" not in text] == []
+    tests, rows = all_tests(), table_rows(DOCS["fault-tolerance"], "fault")
+    named = [re.findall(r"`(test_\w+)`", row[-1]) for row in rows]
+    assert all(named) and sum(map(len, named)) >= 16
+    assert [name for names in named for name in names if name not in tests] == []
+
+
+def test_every_test_that_is_named_anywhere_exists():
+    assert set(re.findall(r"`(test_\w+)`", TEXT)) - all_tests() == set()
+
+
+def test_every_link_to_a_file_leads_to_one():
+    broken = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+        files = [link for link in links if not link.startswith("https://")]
+        broken += [(path.name, file) for file in files if not (path.parent / file).exists()]
+    assert broken == []
 
 
 @pytest.mark.parametrize("arguments", sorted(set(COMMANDS)))
@@ -50,7 +74,7 @@ def test_every_command_has_a_valid_configuration(arguments):
         at = words.index("--config-name")
         name = words[at + 1]
         words = words[:at] + words[at + 2 :]
-    assert configure(*utils.quoted(words), name=name).run_dir.startswith("runs/")
+    assert configure(*words, name=name).run_dir.startswith("runs/")
 
 
 def test_the_training_command_trains(tmp_path):
@@ -62,21 +86,25 @@ def test_the_training_command_trains(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Warning" not in done.stderr, done.stderr
-    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows, times = (
+        [json.loads(row) for row in (tmp_path / "run" / name).open()]
+        for name in ("metrics.jsonl", "throughput.jsonl")
+    )
     assert rows[-1]["environment_steps"] == 240 and rows[-1]["updates"] == 6
     assert len(list((tmp_path / "run" / "videos").glob("*.mp4"))) == 3 * 3
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert set(rows[-1]) - metrics_in_the_readme() == set()
+    assert set(rows[-1]) | set(times[-1]) <= documented_metrics()
 
 
-def metrics_in_the_readme():
-    text = README.split("## Metrics")[1].split("## Troubleshooting")[0]
-    return set(re.findall(r"`([\w/]+)`", text))
+def documented_metrics():
+    """The names in the first column of the table of metrics, and those of the x axes above it."""
+    x_axes = DOCS["metrics"].split("| metric |")[0]
+    names = " ".join(row[0] for row in table_rows(DOCS["metrics"], "metric"))
+    return set(re.findall(r"`([\w/]+)`", x_axes + names))
 
 
 def test_the_speed_tables_are_what_the_benchmark_wrote():
-    section = README.split("## Speed")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    rows = [line for line in DOCS["performance"].splitlines() if line.startswith("| ")]
     written = (ROOT / "benchmarks" / "results" / "throughput.md").read_text().splitlines()
     assert len(rows) > 20
     assert [row for row in rows if row not in written] == []
@@ -92,24 +120,13 @@ def test_the_table_of_results_is_what_the_cards_say():
     assert done.stdout.strip() == table
 
 
-def test_pins_are_the_same_everywhere():
+def test_every_pin_is_exact_and_requirements_txt_is_the_only_list():
     pins = (ROOT / "requirements.txt").read_text().split()
-    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", dreamer_source())
-    lines = (line[2:] for line in block["content"].splitlines())
-    script = tomllib.loads("\n".join(lines))
-    assert sorted(script["dependencies"]) == sorted(pins)
-    assert all("==" in pin for pin in pins)
-
-
-def dreamer_source():
-    return (ROOT / "dreamer.py").read_text()
-
-
-def test_the_files_keep_to_the_floor_plan():
-    for name, limit in (("dreamer.py", 450), ("dreamer_utils.py", 1800)):
-        text = (ROOT / name).read_text()
-        assert len(text.splitlines()) <= limit, name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 45, f"{name}: {node.name}"
-    assert utils.__doc__ and dreamer.__doc__
+    assert [pin for pin in pins if not re.fullmatch(r"[\w-]+==\d+(\.\d+)+", pin)] == []
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)
+    assert project["project"]["dynamic"] == ["dependencies"]
+    dynamic = project["tool"]["setuptools"]["dynamic"]
+    assert dynamic == {"dependencies": {"file": ["requirements.txt"]}}
+    assert "==" not in text
+    assert "# /// script" not in (ROOT / "dreamer.py").read_text()  # dependencies of one file

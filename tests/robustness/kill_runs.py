@@ -1,4 +1,6 @@
-"""Kills training with SIGKILL again and again: `python tests/kill_runs.py DIRECTORY KILLS SEED`.
+"""Kills training with SIGKILL again and again; test_kills.py runs it, or by hand, from the root:
+
+    PYTHONPATH=.:tests python tests/robustness/kill_runs.py DIRECTORY KILLS SEED
 
 Every attempt is a fork of this process, which has everything imported. In turn, an attempt is
 killed at a random moment, in the middle of a checkpoint, and in the middle of an episode's rows.
@@ -17,18 +19,18 @@ import time
 import zipfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from fingerprint import fingerprint
+from small_runs import SMALL, configure
 
-from fingerprint import fingerprint  # noqa: E402
-from small_runs import SMALL, configure  # noqa: E402
-
-import dreamer  # noqa: E402
-import dreamer_utils as utils  # noqa: E402
+import common.opengl
+import dreamer
+from common.replay import ReplayBuffer
 
 # From pixels; phases cut episodes, and the replay overwrites its oldest rows.
-FLAGS = [*SMALL, "name=one", "env.from_pixels=true", "collector.total_steps=480",
-         "collector.train_every=30", "checkpoint.every=30", "replay_buffer.capacity=200",
-         "optimization.train_ratio=0.05", "eval.every=160"]  # fmt: skip
+FLAGS = """
+name=one env.from_pixels=true collector.total_steps=480 collector.train_every=30
+checkpoint.every=30 replay_buffer.capacity=200 optimization.train_ratio=0.05 eval.every=160
+""".split()
 MODES = "random", "save", "episode"
 
 
@@ -57,7 +59,7 @@ def stop_in(mode, pipe, number):
 
         os.replace, zipfile.ZipFile.write = slow_replace, slow_add
     if mode == "episode":
-        extend = utils.ReplayBuffer.extend
+        extend = ReplayBuffer.extend
 
         def slow_extend(buffer, rows):
             half = len(rows) // 2
@@ -68,7 +70,7 @@ def stop_in(mode, pipe, number):
             extend(buffer, rows)
             chance()
 
-        utils.ReplayBuffer.extend = slow_extend
+        ReplayBuffer.extend = slow_extend
 
 
 def attempt(run_dir, mode, generator):
@@ -81,7 +83,7 @@ def attempt(run_dir, mode, generator):
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             stop_in(mode, writer, number)
             try:
-                dreamer.train(configure(*FLAGS, f"run_dir={run_dir}"))
+                dreamer.train(configure(*SMALL, *FLAGS, f"run_dir={run_dir}"))
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -99,8 +101,8 @@ def attempt(run_dir, mode, generator):
 def main(directory, kills, seed):
     """Prints the counts; exit code 1 if an attempt failed."""
     directory, generator = Path(directory), random.Random(seed)
-    utils.select_gl()
-    utils.select_gl = lambda: None  # a second for each attempt, to no other end
+    common.opengl.select_gl()
+    common.opengl.select_gl = lambda: None  # a second for each attempt, to no other end
     done = {mode: 0 for mode in MODES} | {"finished": 0, "mismatches": 0}
     whole = directory / "whole"
     assert attempt(whole, "none", generator)

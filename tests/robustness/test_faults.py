@@ -1,6 +1,8 @@
 """Every fault is one sentence that names what to do, and nothing that was saved is lost."""
 
 import fcntl
+import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -15,8 +17,14 @@ import torch
 from fingerprint import fingerprint
 from small_runs import SMALL, configure, small
 
+import common.envs
+import common.report
+import common.rows
 import dreamer
 import dreamer_utils as utils
+from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
+from common.episodes import ResumableCollector
+from common.opengl import check_picture
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40"]
 
@@ -38,38 +46,58 @@ def whole(tmp_path_factory):
     return fingerprint(run)
 
 
+def before_phase(patch, number, fault):
+    """Calls `fault(collector)` as the `number`-th phase of acting begins, from 1 on."""
+    original, count = ResumableCollector.collect, 0
+
+    def collect(self):
+        nonlocal count
+        count += 1
+        if count == number:
+            fault(self)
+        return original(self)
+
+    patch.setattr(ResumableCollector, "collect", collect)
+
+
+def interrupt(collector):
+    """Ends the run where it is."""
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def half(tmp_path):
     """The directory of the same run, ended after 120 of 160 steps."""
-    original = utils.Run.collect
-
-    def collect(self):
-        if self.step == 120:
-            raise KeyboardInterrupt
-        original(self)
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils.Run, "collect", collect)
+        before_phase(patch, 4, interrupt)  # of 40 steps each
         small(tmp_path / "run", *SHORT, "name=one")
+    assert last_step(tmp_path / "run") == 120
     return tmp_path / "run"
 
 
-def checkpoint_paths(run):
+def last_step(run):
+    """The environment step of the last row of metrics."""
+    last_row = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    return json.loads(last_row)["environment_steps"]
+
+
+def two_checkpoints(run):
     """The older and the newer checkpoint."""
-    older, newer = sorted((run / "checkpoints").glob("checkpoint-*"))
+    newer, older = checkpoint_paths(run / "checkpoints")
     return older, newer
 
 
-# Damage ----------------------------------------------------------------------------------------
+# Damage
 
 
 @pytest.mark.parametrize("left", ["0", "1", "half", "all but one"])
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(half, whole, capsys, left):
-    newer = checkpoint_paths(half)[1]
+    newer = two_checkpoints(half)[1]
     size = newer.stat().st_size
     os.truncate(newer, {"0": 0, "1": 1, "half": size // 2, "all but one": size - 1}[left])
     small(half, *SHORT, "name=one")
-    assert "is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"checkpoint {newer} cannot be used (" in said and "trying the one before" in said
     assert fingerprint(half) == whole
 
 
@@ -80,23 +108,26 @@ def payload(path):
 
 
 def test_a_flipped_byte_is_seen_wherever_it_matters(half):
-    older, newer = checkpoint_paths(half)
+    older, newer = two_checkpoints(half)
     content, unseen, wanted = newer.read_bytes(), [], payload(newer)
     for number in range(40):
         place = (len(content) - 1) * number // 39
         flipped = bytearray(content)
         flipped[place] ^= 1 << number % 8
         newer.write_bytes(flipped)
-        if next(utils.whole_checkpoints(half)) != older and payload(newer) != wanted:
+        used, _, _ = newest_whole_checkpoint([newer, older])
+        if used != older and payload(newer) != wanted:
             unseen.append(place)
     assert unseen == []
 
 
 def test_if_all_checkpoints_are_damaged_no_run_starts_anew(half):
     rows = (half / "metrics.jsonl").read_bytes()
-    for path in checkpoint_paths(half):
+    older, newer = two_checkpoints(half)
+    for path in (older, newer):
         os.truncate(path, 100)
-    assert "can be loaded: restore one from a backup" in refused(half, *SHORT, "name=one")
+    sentence = refused(half, *SHORT, "name=one")
+    assert f"none of {newer}, {older} can be loaded: restore one from a backup" in sentence
     assert (half / "metrics.jsonl").read_bytes() == rows
 
 
@@ -112,7 +143,8 @@ def test_damaged_replay_rows_are_an_error(half, fault, capsys):
         content[30] ^= 1
         path.write_bytes(content)
     sentence = refused(half, *SHORT, "name=one")
-    assert "no checkpoint in" in sentence
+    older, newer = two_checkpoints(half)
+    assert f"none of {newer}, {older} can be loaded" in sentence
     assert "episode 0 is damaged or missing" in capsys.readouterr().out
 
 
@@ -126,7 +158,7 @@ def test_a_lost_config_is_no_reason_to_start_anew(half):
     (half / "config.yaml").unlink()
     rows = (half / "metrics.jsonl").read_bytes()
     assert "metrics but no config.yaml" in refused(half, *SHORT, "name=one")
-    assert (half / "metrics.jsonl").read_bytes() == rows and checkpoint_paths(half)
+    assert (half / "metrics.jsonl").read_bytes() == rows and two_checkpoints(half)
 
 
 def test_keys_that_do_not_change_what_is_learned_may_change(half, whole):
@@ -140,12 +172,12 @@ def test_two_processes_in_one_directory(half):
         assert "in use by another process" in refused(half, *SHORT, "name=one")
 
 
-# Disk ------------------------------------------------------------------------------------------
+# Disk
 
 
 def test_a_full_disk_in_the_middle_of_a_checkpoint(half, whole):
     """RLIMIT_FSIZE ends a write like a full disk does."""
-    before = [path.read_bytes() for path in checkpoint_paths(half)]
+    before = [path.read_bytes() for path in two_checkpoints(half)]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) // 2, limits[1]))
     try:
@@ -153,7 +185,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(half, whole):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "could not be written" in sentence and "free some space" in sentence
-    assert [path.read_bytes() for path in checkpoint_paths(half)] == before
+    assert [path.read_bytes() for path in two_checkpoints(half)] == before
     small(half, *SHORT, "name=one")
     assert fingerprint(half) == whole
 
@@ -164,22 +196,22 @@ def test_the_replay_reserves_its_space_before_training(tmp_path):
         assert path.stat().st_blocks * 512 >= path.stat().st_size
 
 
-# Numbers ---------------------------------------------------------------------------------------
+# Numbers
 
 
 def poisoned(patch, where, at=3):
     """Puts a NaN into the training of update `at`."""
-    original, count = utils.Optimizer.differentiate, 0
+    original, count = utils.Optimizer.backward, 0
 
-    def differentiate(self, loss, shared=False):
+    def backward(self, loss, retain_graph=False):
         nonlocal count
-        original(self, loss, shared)
+        original(self, loss, retain_graph)
         count += 1
         if count == 3 * at:
             tensor = self.parameters[0]
             (tensor.grad if where == "gradient" else tensor.data)[0] = float("nan")
 
-    patch.setattr(utils.Optimizer, "differentiate", differentiate)
+    patch.setattr(utils.Optimizer, "backward", backward)
 
 
 @pytest.mark.parametrize("where", ["gradient", "weight"])
@@ -192,7 +224,7 @@ def test_a_number_that_is_not_finite_stops_within_one_update(tmp_path, monkeypat
         assert kept["batch"]["observation"].shape[1] == 8
     else:
         assert ".weight is not finite after update 3" in sentence
-    for path in checkpoint_paths(tmp_path / "run"):
+    for path in two_checkpoints(tmp_path / "run"):
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if "agent" in name)
             weights = torch.load(archive.open(name))
@@ -200,21 +232,21 @@ def test_a_number_that_is_not_finite_stops_within_one_update(tmp_path, monkeypat
 
 
 def test_a_reward_that_is_not_finite(tmp_path, monkeypatch):
-    original = utils.SuiteEpisodes.step
+    original = common.envs.SuiteEpisodes.step
 
     def step(self, action):
         result = original(self, action)
         return result._replace(reward=float("nan"))
 
-    monkeypatch.setattr(utils.SuiteEpisodes, "step", step)
+    monkeypatch.setattr(common.envs.SuiteEpisodes, "step", step)
     assert "a reward that is not finite" in refused(tmp_path / "run")
 
 
-# Environments ----------------------------------------------------------------------------------
+# Environments
 
 
-def test_an_environment_that_raises(tmp_path, monkeypatch, whole):
-    original, count = utils.SuiteEpisodes.step, 0
+def test_an_environment_that_raises(tmp_path, whole):
+    original, count = common.envs.SuiteEpisodes.step, 0
 
     def step(self, action):
         nonlocal count
@@ -224,35 +256,41 @@ def test_an_environment_that_raises(tmp_path, monkeypatch, whole):
         return original(self, action)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.SuiteEpisodes, "step", step)
+        patch.setattr(common.envs.SuiteEpisodes, "step", step)
         sentence = refused(tmp_path / "run", *SHORT, "name=one")
-    assert "environment failed after step 80 (ValueError: the simulation blew up)" in sentence
+    reason = "acting in the environment failed (ValueError: the simulation blew up); "
+    assert sentence == reason + "the same command goes on from the last checkpoint"
+    assert last_step(tmp_path / "run") == 80
     small(tmp_path / "run", *SHORT, "name=one")
     assert fingerprint(tmp_path / "run") == whole
 
 
 def test_a_dead_worker(tmp_path):
     """One of two worker processes is killed in the middle of an episode."""
-    flags = "env.n_parallel_envs=2", "collector.random_steps=160", "collector.total_steps=320"
-    original = utils.Run.collect
+    flags = ["env.n_parallel_envs=2", "collector.random_steps=160", "collector.total_steps=320"]
+    flags.append("checkpoint.every=40")
+    before = set(multiprocessing.active_children())
 
-    def collect(self):
-        if self.step == 240:
-            parallel = self.collector.env.base_env
-            os.kill(parallel._workers[0].pid, signal.SIGKILL)
-            time.sleep(0.2)
-        original(self)
+    def kill_a_worker(collector):
+        parallel = collector.collector.env.base_env
+        os.kill(parallel._workers[0].pid, signal.SIGKILL)
+        time.sleep(0.2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Run, "collect", collect)
+        before_phase(patch, 6, kill_a_worker)  # each has taken 100 steps, an episode has 40
         sentence = refused(tmp_path / "run", *flags, "name=one")
-    assert "in the environment failed after step 240" in sentence
+    assert sentence.startswith("acting in the environment failed (")
+    end = time.monotonic() + 20
+    while set(multiprocessing.active_children()) - before:  # the other worker ends too
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert last_step(tmp_path / "run") == 200
     small(tmp_path / "run", *flags, "name=one")
     small(tmp_path / "whole", *flags, "name=one")
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
-# Dashboards ------------------------------------------------------------------------------------
+# Dashboards
 
 
 def test_wandb_without_a_key(tmp_path, monkeypatch):
@@ -267,12 +305,13 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     assert "pip install wandb" in refused(tmp_path / "run", "logger.mode=offline")
 
 
-# Doctor ----------------------------------------------------------------------------------------
+# Doctor
 
 
 def doctor(capsys, *overrides):
     """Whether all is well, and what is said about each check."""
-    fine = utils.doctor(configure(*SMALL, *overrides), dreamer.train)
+    cfg = configure(*SMALL, *overrides)
+    fine = utils.Doctor(cfg, utils.make_env, dreamer.train).examine()
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     return fine, {name: (word, text) for word, name, text in lines}
 
@@ -282,13 +321,13 @@ def test_the_doctor_finds_a_sound_machine_sound(tmp_path, capsys):
     fine, said = doctor(capsys, f"run_dir={run}", "env.from_pixels=true")
     assert fine, said
     assert list(said) == ["versions", "device", "precision", "OpenGL", "disk", "wandb", "speed"]
-    assert "levels of grey" in said["OpenGL"][1] and "updates/s" in said["speed"][1]
+    assert "levels of gray" in said["OpenGL"][1] and "updates/s" in said["speed"][1]
     assert not run.exists()
 
 
 def test_the_doctor_names_what_is_wrong(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(utils.metadata, "version", lambda name: "0.0")
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(common.report.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr(common.rows.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     fine, said = doctor(capsys, f"run_dir={tmp_path / 'run'}")
     assert not fine
     assert said["versions"][0] == "problem" and "torch 0.0 (tested with" in said["versions"][1]
@@ -296,9 +335,9 @@ def test_the_doctor_names_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert said["device"][0] == "ok"
 
 
-def test_a_picture_of_one_colour_is_refused():
-    with pytest.raises(utils.UserError, match="one colour only"):
-        utils.check_picture(torch.full((64, 64, 3), 7, dtype=torch.uint8))
+def test_a_picture_of_one_color_is_refused():
+    with pytest.raises(utils.UserError, match="one color only"):
+        check_picture(torch.full((64, 64, 3), 7, dtype=torch.uint8))
 
 
 def test_no_thread_is_left_behind(tmp_path):
