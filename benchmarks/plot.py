@@ -4,9 +4,9 @@
 
 A run is a directory with metrics.jsonl and config.yaml. Runs of the same task are its seeds: their
 mean, and the 95 % confidence band of that mean (bootstrap over seeds) if there are several. Prints
-a Markdown table of the same numbers. The published curves (benchmarks/published.csv: mean and
-range over 5 seeds) are the 100 runs that come with the official code, danijar/dreamer,
-scores/dreamer.json, MIT licence: their author says that they were made with an earlier setting of
+a Markdown table of the same numbers. The published curves (common/published.csv: mean and range
+over 5 seeds) are the 100 runs that come with the official code, danijar/dreamer,
+scores/dreamer.json, MIT license: their author says that they were made with an earlier setting of
 the hyper-parameters (issue 55 there), so they are a guide, not a target.
 """
 
@@ -16,15 +16,14 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
+# A script finds modules in its own directory only; common/ is one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dreamer_utils import published  # noqa: E402
+
+from common.plots import published_curve  # noqa: E402
 
 
 def read(run):
@@ -46,8 +45,8 @@ def draw(axis, task, runs, reference):
     """One panel; prints a table row for every evaluation of the shortest run."""
     steps = min((run[:, 0] for run in runs), key=lambda run: run[-1])
     ours = np.stack([np.interp(steps, *run.T) for run in runs])
-    axis.plot(steps, ours.mean(0), "o-", markersize=3,
-              label=f"ours, {len(runs)} seed{'s' * (len(runs) > 1)}")  # fmt: skip
+    label = f"ours, {len(runs)} seed{'s' * (len(runs) > 1)}"
+    axis.plot(steps, ours.mean(0), "o-", markersize=3, label=label)
     if len(runs) > 1:
         axis.fill_between(steps, *confidence_band(ours), alpha=0.2)
     theirs = np.full(len(steps), np.nan)
@@ -60,7 +59,7 @@ def draw(axis, task, runs, reference):
     axis.set(title=task, xlabel="environment steps", ylabel="evaluation return", ylim=(0, 1000))
     axis.set_xlim(0, steps[-1] * 1.02)
     axis.legend(loc="upper left")
-    for step, mine, published_mean in zip(steps, ours.mean(0), theirs):
+    for step, mine, published_mean in zip(steps, ours.mean(0), theirs, strict=True):
         print(f"| {task} | {int(step):,} | {mine:.0f} | {published_mean:.0f} |")
 
 
@@ -80,11 +79,11 @@ def main():
             parser.error(f"{run} has no evaluation yet")
         task = f"{env.name} {env.task}".strip()
         tasks[task].append(rows)
-        references[task] = published(env)
+        references[task] = published_curve(env)
     columns = min(4, len(tasks))
     shape = -(-len(tasks) // columns), columns
-    size = 5 * shape[1], 3.5 * shape[0]
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5 * shape[1], 3.5 * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     print("| task | environment steps | ours | published |\n| --- | --- | --- | --- |")

@@ -12,21 +12,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python benchmarks/results.py benchmarks/results/*/ --readme"
 MARKS = f"<!-- results: {COMMAND} -->", "<!-- end of results -->"
-COLUMNS = ("run", "task", "environment steps", "updates", "return, last evaluation",
-           "last evaluations, mean and std", "published mean", "hours", "device",
-           "revision")  # fmt: skip
+COLUMNS = (
+    "run",
+    "task",
+    "environment steps",
+    "updates",
+    "return, last evaluation",
+    "last evaluations, mean and std",
+    "published mean",
+    "hours",
+    "device",
+    "revision",
+)
 
 
 def row(name, card):
     """The cells of one run."""
-    known = card.get("published_mean")
+    published = card.get("published_mean")
     revision = (card["git_revision"] or "?")[:9] + "+" * bool(card["git_dirty"])
     last = f"{card['last_returns_mean']:.0f} +- {card['last_returns_std']:.0f}"
-    return (name, card["task"], f"{card['environment_steps']:,}", f"{card['updates']:,}",
-            f"{card['eval_return']:.0f}", f"{last} ({card['last_returns']})",
-            f"{known:.0f}" if known else "-", f"{card['wall_seconds'] / 3600:.2f}",
-            f"{card['device']}, {card['precision'].removeprefix('torch.')}",
-            revision)  # fmt: skip
+    return (
+        name,
+        card["task"],
+        f"{card['environment_steps']:,}",
+        f"{card['updates']:,}",
+        f"{card['eval_return']:.0f}",
+        f"{last} ({card['last_returns']})",
+        f"{published:.0f}" if published else "-",
+        f"{card['wall_seconds'] / 3600:.2f}",
+        f"{card['device']}, {card['precision'].removeprefix('torch.')}",
+        revision,
+    )
 
 
 def table(cards):
@@ -41,9 +57,12 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    cards = {run.name: json.loads(path.read_text()) for run in options.runs
-             if (path := run / "run.json").exists()}  # fmt: skip
-    cards = {name: card for name, card in cards.items() if "eval_return" in card}
+    cards = {}
+    for run in options.runs:
+        path = run / "run.json"
+        card = json.loads(path.read_text()) if path.exists() else {}
+        if "eval_return" in card:
+            cards[run.name] = card
     if not cards:
         parser.error("none of these holds a run.json with an evaluation")
     text = table(cards)

@@ -1,9 +1,10 @@
-"""Dreamer the library's way: one update made of TorchRL's own modules and losses.
+"""Dreamer from TorchRL's parts: one update made of its own modules and losses.
 
-The baseline of `throughput.py`. The parts are those of TorchRL's example for this algorithm:
-`RSSMRollout` over a prior and a posterior inside a `WorldModelWrapper`, imagination by
-`DreamerEnv.rollout`, three loss modules, and for each in turn backward, clip and an Adam step.
-Layer sizes, batch, horizon, learning rates and clip come from the same configuration as ours.
+The baseline of throughput.py, whose tables call it the library. The parts are those of TorchRL's
+example for this algorithm: `RSSMRollout` over a prior and a posterior inside a
+`WorldModelWrapper`, imagination by `DreamerEnv.rollout`, three loss modules, and for each in turn
+backward, clip and an Adam step. Layer sizes, batch, horizon, learning rates and clip come from the
+same configuration as ours.
 
 Where a choice was open it is the one that makes this baseline faster: images come as float32 in
 [0, 1], channels first, so that no conversion is timed; reward and value heads return their mean
@@ -55,18 +56,20 @@ def observation_networks(net, shape, dense):
     return encoder, dense(features, shape[0], depth=3), net.hidden_dim
 
 
-class LibraryWay:
-    """The networks, losses and optimisers; `update` is one whole update.
+class TorchRLBaseline:
+    """The networks, losses and optimizers; `update` is one whole update.
 
     Args:
         cfg: our configuration, of which `networks` and `optimization` are read.
         shape: of one observation, (64, 64, 3) or (n,).
         actions: action size.
+        autocast: a context that can be entered again and again; losses are computed inside.
         compiled: names whose losses go through `torch.compile`; in the example actor and value.
     """
 
-    def __init__(self, cfg, shape, actions, device, dtype=None, compiled=()):
-        net, self.hp, self.device, self.dtype = cfg.networks, cfg.optimization, device, dtype
+    def __init__(self, cfg, shape, actions, device, autocast, compiled=()):
+        net, self.hp = cfg.networks, cfg.optimization
+        self.device, self.autocast = device, autocast
         self.pixels, features = len(shape) == 3, net.state_dim + net.belief_dim
         dense = functools.partial(MLP, num_cells=net.hidden_dim, activation_class=nn.ELU)
         encoder, decoder, embedding = observation_networks(net, shape, dense)
@@ -130,7 +133,7 @@ class LibraryWay:
         return env
 
     def build_losses(self, compiled):
-        """Three losses and three optimisers, by the names of the three updates."""
+        """Three losses and three optimizers, by the names of the three updates."""
         hp, fused = self.hp, self.device.type == "cuda"
         model = DreamerModelLoss(self.world_model, free_nats=hp.free_nats)
         if not self.pixels:
@@ -148,7 +151,7 @@ class LibraryWay:
         }
 
     def make_batch(self, observation, action, reward):
-        """Our rows, [B, L, ...], in the layout that the library's replay yields."""
+        """Our rows, [B, L, ...], in the layout that TorchRL's replay yields."""
         size = action.shape[:2]
         if self.pixels:
             observation = (observation.movedim(-1, -3) / 255).contiguous()
@@ -177,7 +180,7 @@ class LibraryWay:
 
     def forward(self, name, data):
         """A loss under autocast, and the data that the next loss takes."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.autocast:
             losses, data = self.losses[name](data)
             parts = [value.sum() for key, value in losses.items() if key.startswith("loss")]
         return sum(parts), data

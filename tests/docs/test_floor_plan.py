@@ -5,6 +5,7 @@ import graphlib
 import re
 
 import pytest
+
 from small_runs import ROOT
 
 ROOMS = sorted((ROOT / "common").glob("*.py"))

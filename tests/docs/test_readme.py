@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import pytest
+
 from small_runs import ROOT, SMALL, configure
 
 README = (ROOT / "README.md").read_text()

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_weights import GRADIENT, OUTPUT, check, config, load_agent
 from torch import nn
 from torch.distributions import Independent, Normal
 from torchrl.modules import DreamerActor, TanhNormal
@@ -14,6 +13,7 @@ from torchrl.objectives import DreamerModelLoss
 from torchrl.objectives.value.functional import td_lambda_return_estimate
 
 import dreamer
+from golden_weights import GRADIENT, OUTPUT, check, config, load_agent
 
 HP = config().optimization
 LATENT = ("prior_mean", "prior_std", "post_mean", "post_std")

@@ -4,6 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.distributions import Normal
+
+import dreamer
+from common.diagnostics import given_actions
+from common.envs import IMAGE
 from golden_weights import (
     GRADIENT,
     OUTPUT,
@@ -13,11 +18,6 @@ from golden_weights import (
     config,
     load_agent,
 )
-from torch.distributions import Normal
-
-import dreamer
-from common.diagnostics import given_actions
-from common.envs import IMAGE
 
 
 def split(agent, features):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from golden_weights import OUTPUT, check, config, load_agent
-from small_runs import SMALL, configure
 
 import dreamer
 import dreamer_utils as utils
+from golden_weights import OUTPUT, check, config, load_agent
+from small_runs import SMALL, configure
 
 
 def play(data, agent, mode):

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_weights import GRADIENT, OUTPUT, UPDATED, check, config, load_agent, official
 
 import dreamer
 import dreamer_utils as utils
+from golden_weights import GRADIENT, OUTPUT, UPDATED, check, config, load_agent, official
 
 EQUATIONS = "observe", "latent_kl", "imagine", "lambda_return", "discount_weight"
 CASES = [

@@ -19,12 +19,11 @@ import time
 import zipfile
 from pathlib import Path
 
-from fingerprint import fingerprint
-from small_runs import SMALL, configure
-
 import common.opengl
 import dreamer
 from common.replay import ReplayBuffer
+from fingerprint import fingerprint
+from small_runs import SMALL, configure
 
 # From pixels; phases cut episodes, and the replay overwrites its oldest rows.
 FLAGS = """

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize
 from omegaconf import OmegaConf
-from small_runs import ROOT, SMALL, configure, small
 
 import dreamer
 import dreamer_utils as utils
 from common.config import Config, Section
 from common.keys import flatten
+from small_runs import ROOT, SMALL, configure, small
 
 # What a flip of each key that takes part in learning may look like.
 FLIPS = [

@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fingerprint import fingerprint
-from small_runs import SMALL, configure, small
 
 import common.envs
 import common.report
@@ -25,6 +23,8 @@ import dreamer_utils as utils
 from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
 from common.episodes import ResumableCollector
 from common.opengl import check_picture
+from fingerprint import fingerprint
+from small_runs import SMALL, configure, small
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40"]
 

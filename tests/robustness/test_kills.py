@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fingerprint import fingerprint
 from small_runs import ROOT, SMALL, small
 

@@ -6,9 +6,9 @@ import pytest
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_runs import SMALL, configure, small
 
 import dreamer_utils as utils
+from small_runs import SMALL, configure, small
 
 FIXED = settings(
     derandomize=True,
