@@ -227,6 +227,10 @@ def check_combinations(config):
             "eval.video and eval.dream_episode need eval.checkpoint=...; films of training come"
             " with logger.video=true",
         ),
+        (
+            config.eval.dream_episode or not config.eval.dream_step,
+            "eval.dream_step needs eval.dream_episode=1 (or a later one)",
+        ),
     ]
     for fine, sentence in rules:
         if not fine:

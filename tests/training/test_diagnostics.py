@@ -1,4 +1,4 @@
-"""The diagnostics tell the truth: constructed models with known errors, judged by `diagnose`."""
+"""The diagnostics tell the truth: what they say about models with known errors."""
 
 from types import SimpleNamespace
 
@@ -6,38 +6,79 @@ import pytest
 import torch
 
 import dreamer
+from common.diagnostics import Diagnostics
 
 GAMMA, LAMBDA, HORIZON, STEPS = 0.9, 0.8, 15, 120
 HP = SimpleNamespace(gamma=GAMMA, lambda_=LAMBDA, horizon=HORIZON)
+DIAGNOSTICS = Diagnostics(
+    dreamer.observe, dreamer.imagine, dreamer.lambda_return, dreamer.mode_action
+)
+
+
+class KnownWorld:
+    """A world model that knows the world s' = s + a, r = s, o = s; wrong as its arguments say."""
+
+    sizes = {"state": 1, "belief": 1, "action": 1}
+
+    def __init__(self, reward_bias, drift):
+        self.reward_bias, self.drift = reward_bias, drift
+
+    def preprocess(self, observation):
+        return observation
+
+    encoder = preprocess
+
+    def initial(self, n):
+        return torch.zeros(n, 1), torch.zeros(n, 1)
+
+    def prior(self, state, belief, action, noise):
+        return state, torch.ones_like(state), state + action + self.drift, belief
+
+    def posterior(self, belief, embedding, noise):
+        return embedding, torch.ones_like(embedding), embedding
+
+    def decoder(self, state, belief):
+        return state
+
+    def reward(self, state, belief):
+        return state + self.reward_bias
+
+
+class KnownAgent:
+    """Takes the action tanh(mean) in every step, and knows what a state is worth."""
+
+    def __init__(self, mean, std, reward_bias, value_offset, drift):
+        self.world_model = KnownWorld(reward_bias, drift)
+        self.mean, self.std, self.value_offset = mean, std, value_offset
+        self.action = torch.tanh(torch.tensor(mean)).item()
+
+    def actor(self, state, belief):
+        return torch.full_like(state, self.mean), torch.full_like(state, self.std)
+
+    def value(self, state, belief):
+        """The true one, the sum of gamma^k (s + k a), and its offset."""
+        ahead = self.action * GAMMA / (1 - GAMMA) ** 2
+        return state / (1 - GAMMA) + ahead + self.value_offset
 
 
 def constructed(mean=0.3, std=1e-5, reward_bias=0.0, value_offset=0.0, drift=0.0):
-    """An agent and an episode in a world that it knows: s' = s + a, r = s, o = s, and the same
-    action tanh(mean) in every step. The model may be wrong by what the arguments say."""
-    action = torch.tanh(torch.tensor(mean)).item()
-    normal = lambda state: (state, torch.ones_like(state))  # noqa: E731
-    prior = lambda s, m, a, e: (*normal(s), s + a + drift, m)  # noqa: E731
-    world_model = SimpleNamespace(
-        sizes={"state": 1, "belief": 1, "action": 1}, preprocess=lambda x: x, encoder=lambda x: x,
-        initial=lambda n: (torch.zeros(n, 1), torch.zeros(n, 1)), prior=prior,
-        posterior=lambda m, embedding, e: (*normal(embedding), embedding),
-        decoder=lambda s, m: s, reward=lambda s, m: s + reward_bias,
-    )  # fmt: skip
-
-    def value(s, m):
-        """The true one: the sum of gamma^k (s + k a)."""
-        return s / (1 - GAMMA) + action * GAMMA / (1 - GAMMA) ** 2 + value_offset
-
-    actor = lambda s, m: (torch.full_like(s, mean), torch.full_like(s, std))  # noqa: E731
-    s = torch.arange(STEPS + 1).float()[:, None] * action
-    episode = {"observation": s, "action": torch.full((STEPS, 1), action),
-               "reward": s[1:, 0], "state": s[:-1], "belief": torch.zeros(STEPS, 1)}  # fmt: skip
-    return SimpleNamespace(world_model=world_model, actor=actor, value=value), episode, action
+    """An agent in a world that it knows, but for what the arguments say, and an episode."""
+    agent = KnownAgent(mean, std, reward_bias, value_offset, drift)
+    s = torch.arange(STEPS + 1).float()[:, None] * agent.action
+    episode = {
+        "observation": s,
+        "action": torch.full((STEPS, 1), agent.action),
+        "reward": s[1:, 0],
+        "state": s[:-1],
+        "belief": torch.zeros(STEPS, 1),
+    }
+    return agent, episode, agent.action
 
 
 def diagnosed(**wrong):
+    """Metrics and curves of a constructed agent, and its action."""
     agent, episode, action = constructed(**wrong)
-    metrics, curves, predicted, first = dreamer.diagnose(agent, episode, HP)
+    metrics, curves, _, _ = DIAGNOSTICS.diagnose(agent, episode, HP)
     return metrics, curves, action
 
 
@@ -83,15 +124,15 @@ def test_every_action_leads_to_its_own_row():
     agent, _, _ = constructed()
     action = torch.randn(2, 12, 1)
     s = action.cumsum(1)  # row t is where action t led
-    predicted, errors = dreamer.open_loop_errors(agent.world_model, s, action, s[..., 0], 5)
+    predicted, errors = DIAGNOSTICS.open_loop_errors(agent.world_model, s, action, s[..., 0], 5)
     torch.testing.assert_close(predicted, s)
     assert max(errors["observation_error"].max(), errors["reward_error"].max()) < 1e-4
 
 
 def test_dreams_take_the_actions_that_evaluation_would_take():
-    """A sample of this wide policy is 0.46 on average, the most likely action is 0.98."""
+    """A sample of this wide policy is 0.46 on average, the mode is 0.98."""
     agent, episode, _ = constructed(mean=0.5, std=1.0)
-    _, curves, _, _ = dreamer.diagnose(agent, episode, HP)
+    _, curves, _, _ = DIAGNOSTICS.diagnose(agent, episode, HP)
     first = torch.tensor(curves["imagined_return"][0])  # from s = 0: a + 2 a + ... + H a
     assert first / (HORIZON * (HORIZON + 1) / 2) == pytest.approx(0.98, abs=0.02)
 
@@ -105,9 +146,12 @@ def test_open_loop_sees_the_context_and_nothing_after_it():
     agent, episode, action = constructed()
     rows = episode["observation"][None, :10].clone()
     actions, reward = torch.full((1, 10, 1), action), torch.zeros(1, 10)
-    predicted = [dreamer.open_loop_errors(agent.world_model, x, actions, reward, 5)[0]
-                 for x in (rows, torch.cat([rows[:, :5], rows[:, 5:] + 100], 1))]  # fmt: skip
+    other_future = torch.cat([rows[:, :5], rows[:, 5:] + 100], 1)
+    predicted = [
+        DIAGNOSTICS.open_loop_errors(agent.world_model, x, actions, reward, 5)[0]
+        for x in (rows, other_future)
+    ]
     assert torch.equal(*predicted)
     changed = torch.cat([rows[:, :4], rows[:, 4:5] + 1, rows[:, 5:]], 1)
-    other, _ = dreamer.open_loop_errors(agent.world_model, changed, actions, reward, 5)
+    other, _ = DIAGNOSTICS.open_loop_errors(agent.world_model, changed, actions, reward, 5)
     torch.testing.assert_close(other[:, 4:], predicted[0][:, 4:] + 1)

@@ -1,5 +1,6 @@
 """Environments: the official protocol, at half the rendering."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,16 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_runs import ROOT, configure, small
+from torchrl.envs import check_env_specs
 
 import dreamer_utils as utils
+from common import opengl
+from common.episodes import EpisodeSeeds
+from common.errors import UserError
+from small_runs import ROOT, configure, small
 
 
-def environment(*overrides, seed=0):
-    cfg = configure(*overrides)
-    copies = range(cfg.env.n_parallel_envs)
-    seeds = [utils.EpisodeSeeds(seed, copy) for copy in copies]
-    return utils.make_env(cfg.env, seeds, cfg.networks)
+def environment(*overrides):
+    """What training builds for these command-line overrides."""
+    return utils.make_env(configure(*overrides))
 
 
 def plain_episode(domain, task, camera, actions, repeat=2):
@@ -24,7 +27,7 @@ def plain_episode(domain, task, camera, actions, repeat=2):
     from dm_control import suite
 
     env = suite.load(domain, task)
-    env.task._random = np.random.RandomState(next(utils.EpisodeSeeds(0, 0)))
+    env.task._random = np.random.RandomState(next(EpisodeSeeds(0, 0)))
     env.reset()
     frames, rewards = [env.physics.render(64, 64, camera)], []
     for action in actions:
@@ -53,6 +56,20 @@ def test_one_render_per_agent_step_gives_the_pixels_and_rewards_of_the_plain_way
     assert ours.shape == (6, 64, 64, 3) and ours.dtype == np.uint8
     assert (ours == frames).all()
     np.testing.assert_allclose(rollout["next", "reward"].flatten().numpy(), rewards, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["env.name=walker", "env.task=walk", "env.from_pixels=false"],
+        ["env.name=cartpole", "env.task=balance"],
+        ["env.backend=gymnasium", "env.name=Hopper-v5", "env.task=''", "env.from_pixels=false"],
+    ],
+    ids=["suite, states", "suite, pixels", "gymnasium, states"],
+)
+def test_torchrl_finds_every_value_as_its_spec_says(flags):
+    with contextlib.closing(environment(*flags)) as env:
+        check_env_specs(env)
 
 
 def test_actions_are_scaled_to_one_and_the_policy_sees_the_scaled_one():
@@ -87,35 +104,35 @@ def test_an_episode_depends_on_its_seed_and_on_nothing_else():
     second.rollout(7)
     assert not torch.equal(one, two)
     assert torch.equal(second.reset()["observation"], two)
-    assert not torch.equal(environment(*flags, seed=1).reset()["observation"], one)
+    assert not torch.equal(environment(*flags, "seed=1").reset()["observation"], one)
 
 
 def test_states_never_import_opengl(tmp_path):
     code = (
-        "import sys; sys.path[:0] = ['tests', '.']; from small_runs import small;"
+        "import sys; from small_runs import small;"
         f"small({str(tmp_path / 'run')!r}); assert 'dm_control' in sys.modules;"
         "print([name for name in sys.modules if name.startswith(('OpenGL', 'glfw'))])"
     )
-    env = os.environ | {"MUJOCO_GL": ""}
+    env = os.environ | {"MUJOCO_GL": "", "PYTHONPATH": ".:tests"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert done.stdout.decode().splitlines()[-1] == "[]", done.stderr.decode()[-2000:]
 
 
 def test_a_backend_that_does_not_render_is_refused_and_not_replaced(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "vulkan")
-    with pytest.raises(utils.UserError, match="=vulkan does not render.*unset it.*apt-get"):
-        utils.select_gl()
+    with pytest.raises(UserError, match="=vulkan does not render.*unset it.*apt-get"):
+        opengl.select_gl()
     assert os.environ["MUJOCO_GL"] == "vulkan"
 
 
 def test_a_machine_without_opengl_gets_the_line_that_installs_it(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.setattr(utils, "GL_PROBE", "raise SystemExit('no libEGL')")
-    with pytest.raises(utils.UserError, match="no OpenGL renders: `apt-get .*no libEGL"):
-        utils.select_gl()
+    monkeypatch.setattr(opengl, "PROBE", "raise SystemExit('no libEGL')")
+    with pytest.raises(UserError, match="no OpenGL renders: `apt-get .*no libEGL"):
+        opengl.select_gl()
 
 
-def test_gymnasium_from_states_honours_terminations(tmp_path):
+def test_gymnasium_from_states_honors_terminations(tmp_path):
     flags = "env.backend=gymnasium", "env.name=InvertedPendulum-v5", "env.task=''"
     env = environment(*flags, "env.from_pixels=false", "env.action_repeat=1")
     rollout = env.rollout(200)
@@ -137,7 +154,7 @@ def test_gymnasium_from_pixels():
     [("CartPole-v1", "has discrete or unbounded actions, which"), ("Nothing-v0", "made")],
 )
 def test_gymnasium_tasks_out_of_scope_are_one_sentence(name, words):
-    with pytest.raises(utils.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         environment("env.backend=gymnasium", f"env.name={name}", "env.from_pixels=false")
 
 

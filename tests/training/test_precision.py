@@ -4,26 +4,33 @@ import math
 
 import pytest
 import torch
-from small_runs import SMALL, configure, small
 
 import dreamer
 import dreamer_utils as utils
+from common.device import make_autocast, resolve_precision
+from small_runs import SMALL, configure, small
 
 CPU = torch.device("cpu")
 
 
 def one_update(dtype, *overrides):
-    """Losses and world-model gradients of one update from pixels, under autocast to `dtype`."""
+    """Losses, metrics and world-model gradients of one update from pixels, in `dtype`."""
     torch.manual_seed(0)
     cfg = configure(*SMALL, *overrides)
-    agent = utils.Agent(cfg, (64, 64, 3), 2)
-    batch = {"observation": torch.randint(0, 255, (2, 4, 64, 64, 3), dtype=torch.uint8),
-             "action": torch.rand(2, 4, 2), "reward": torch.rand(2, 4),
-             "terminated": torch.zeros(2, 4, dtype=torch.bool)}  # fmt: skip
-    noise = dreamer.draw_noise(2, 4, cfg.optimization, agent.world_model)
-    dynamics_of, behavior_of = utils.accelerate(dreamer.LEARNING, CPU, dtype)
-    loss, posterior, metrics = dynamics_of(agent.world_model, batch, noise, cfg.optimization)
-    actor, value, more = behavior_of(agent, posterior, noise, cfg.optimization)
+    agent = dreamer.make_agent(cfg, (64, 64, 3), 2)
+    batch = {
+        "observation": torch.randint(0, 255, (2, 4, 64, 64, 3), dtype=torch.uint8),
+        "action": torch.rand(2, 4, 2),
+        "reward": torch.rand(2, 4),
+        "terminated": torch.zeros(2, 4, dtype=torch.bool),
+    }
+    hp = cfg.optimization
+    noise = dreamer.draw_noise(2, 4, hp, agent.world_model)
+    autocast = make_autocast(CPU, dtype)
+    with autocast:
+        loss, posterior, metrics = dreamer.dynamics_learning(agent.world_model, batch, noise, hp)
+    with autocast:
+        actor, value, more = dreamer.behavior_learning(agent, posterior, noise, hp)
     losses, metrics = {"world_model": loss, "actor": actor, "value": value}, metrics | more
     losses["world_model"].backward()
     gradients = [p.grad.flatten() for p in agent.world_model.parameters() if p.grad is not None]
@@ -32,7 +39,7 @@ def one_update(dtype, *overrides):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_reduced_precision_stays_close_and_losses_are_float32(dtype, bound):
-    exact = one_update(None)
+    exact = one_update(torch.float32)
     losses, metrics, gradient = one_update(dtype)
     assert not torch.equal(gradient, exact[2]), "autocast did nothing"
     assert (gradient - exact[2]).norm() < bound * exact[2].norm()
@@ -48,16 +55,16 @@ def test_training_runs_in(tmp_path, name):
 
 
 def test_autocast_names():
-    assert utils.resolve_autocast("false", CPU) is None
-    assert utils.resolve_autocast("true", CPU) == torch.bfloat16
-    assert utils.resolve_autocast("bfloat16", CPU) == torch.bfloat16
-    assert utils.resolve_autocast("float16", CPU) == torch.float16
-    assert utils.resolve_autocast("auto", CPU) in (torch.bfloat16, None)
+    assert resolve_precision("false", CPU) == torch.float32
+    assert resolve_precision("true", CPU) == torch.bfloat16
+    assert resolve_precision("bfloat16", CPU) == torch.bfloat16
+    assert resolve_precision("float16", CPU) == torch.float16
+    assert resolve_precision("auto", CPU) in (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(
     "broken, expected",
-    [({torch.bfloat16}, torch.float16), ({torch.bfloat16, torch.float16}, None)],
+    [({torch.bfloat16}, torch.float16), ({torch.bfloat16, torch.float16}, torch.float32)],
 )
 def test_a_failing_precision_falls_back_with_one_line(monkeypatch, capsys, broken, expected):
     forward = torch.nn.GRUCell.forward
@@ -68,7 +75,7 @@ def test_a_failing_precision_falls_back_with_one_line(monkeypatch, capsys, broke
         return forward(self, *inputs)
 
     monkeypatch.setattr(torch.nn.GRUCell, "forward", fail)
-    assert utils.resolve_autocast("bfloat16", CPU) == expected
+    assert resolve_precision("bfloat16", CPU) == expected
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(broken) and all("CUBLAS_STATUS_INVALID_VALUE" in line for line in said)
 
@@ -76,10 +83,10 @@ def test_a_failing_precision_falls_back_with_one_line(monkeypatch, capsys, broke
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = utils.Optimizer([weight], 0.1, 1e-7, 100.0, float16=True)
-    optimizer.differentiate(weight.sum() * float("inf"))
+    optimizer.backward(weight.sum() * float("inf"))
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))
-    optimizer.differentiate(weight.sum())
+    optimizer.backward(weight.sum())
     assert weight.grad[0] > 1000
     assert abs(optimizer.step() - 3**0.5) < 1e-5
     assert (weight < 1).all()

@@ -1,19 +1,24 @@
 """Replay: rows on the paper's time grid, sequences inside one episode, every observation once."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import small
 from tensordict import TensorDict
 
-import dreamer_utils as utils
+from common.errors import UserError
+from common.replay import Replay
+from small_runs import small
 
 CFG = SimpleNamespace(batch_length=5, batch_size=200)
 LAYOUT = {
-    "observation": ((1,), torch.float32), "action": ((1,), torch.float32),
-    "reward": ((), torch.float32), "terminated": ((), torch.bool), "episode": ((), torch.int64),
-}  # fmt: skip
+    "observation": ((1,), torch.float32),
+    "action": ((1,), torch.float32),
+    "reward": ((), torch.float32),
+    "terminated": ((), torch.bool),
+    "episode": ((), torch.int64),
+}
 
 
 def transitions(T, first=0, end="truncated", done=True):
@@ -21,17 +26,25 @@ def transitions(T, first=0, end="truncated", done=True):
     t = first + torch.arange(T)
     last = (torch.arange(T) == T - 1)[:, None] & done
     after = {
-        "observation": (t + 1).float()[:, None], "reward": (t + 1).float()[:, None],
-        "done": last, "terminated": last & (end == "terminated"), "truncated": last,
-    }  # fmt: skip
-    now = {"observation": t.float()[:, None], "action": (t + 0.5)[:, None],
-           "terminated": torch.zeros(T, 1, dtype=torch.bool)}  # fmt: skip
+        "observation": (t + 1).float()[:, None],
+        "reward": (t + 1).float()[:, None],
+        "done": last,
+        "terminated": last & (end == "terminated"),
+        "truncated": last,
+    }
+    now = {
+        "observation": t.float()[:, None],
+        "action": (t + 0.5)[:, None],
+        "terminated": torch.zeros(T, 1, dtype=torch.bool),
+    }
     return TensorDict(now | {"next": TensorDict(after, [T])}, [T])
 
 
 @pytest.fixture
 def replay(tmp_path):
-    return utils.Replay(CFG, 1000, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"))
+    replay = Replay(CFG, 1000, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"))
+    yield replay
+    replay.close()
 
 
 def test_a_row_is_the_observation_and_what_led_to_it(replay):
@@ -82,12 +95,12 @@ def test_only_a_true_end_is_marked(replay):
 
 def test_episodes_shorter_than_a_sequence_are_a_clear_message(replay):
     replay.extend(transitions(3))
-    with pytest.raises(utils.UserError, match="no episode has .*batch_length=5 rows .*has 4"):
+    with pytest.raises(UserError, match="no episode has .*batch_length=5 rows .*has 4"):
         replay.sample()
 
 
 def test_the_oldest_rows_are_overwritten(tmp_path):
-    replay = utils.Replay(CFG, 30, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"))
+    replay = Replay(CFG, 30, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"))
     for first in (0, 100, 200, 300):
         replay.extend(transitions(9, first=first))
     seen = torch.cat([replay.sample()["observation"].squeeze(-1) for _ in range(5)])
@@ -96,8 +109,13 @@ def test_the_oldest_rows_are_overwritten(tmp_path):
 
 def test_a_step_takes_at_most_12_6_kilobytes(tmp_path):
     flags = "env.from_pixels=true", "env.name=quadruped", "env.task=walk", "env.time_limit=100"
-    small(tmp_path / "run", *flags, "collector.total_steps=400", "collector.random_steps=400",
-          "eval.every=0")  # fmt: skip
+    small(
+        tmp_path / "run",
+        *flags,
+        "collector.total_steps=400",
+        "collector.random_steps=400",
+        "eval.every=0",
+    )
     files = (tmp_path / "run" / "replay").glob("*.memmap")
     used = sum(path.stat().st_blocks * 512 for path in files)
     assert used <= 12_600 * 204  # 4 episodes of 51 rows
@@ -105,6 +123,6 @@ def test_a_step_takes_at_most_12_6_kilobytes(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(utils.UserError, match="lower replay_buffer.capacity, or choose another"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="lower replay_buffer.capacity, or choose another"):
         small(tmp_path / "run")

@@ -6,14 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fingerprint import fingerprint
-from small_runs import ROOT, SMALL, configure, small
 from torchrl.envs import step_mdp
 
+import common.run
+import dreamer
 import dreamer_utils as utils
+from common.checkpoint import save_checkpoint
+from common.episodes import EpisodeSeeds, ResumableCollector
+from common.errors import UserError
+from common.run import Run
+from fingerprint import fingerprint
+from small_runs import ROOT, SMALL, configure, small
 
 # Phases of 30 steps cut episodes of 40, and 150 of 240 steps fit into the replay.
 CUT = ["collector.train_every=30", "checkpoint.every=30", "replay_buffer.capacity=150"]
@@ -21,10 +28,16 @@ CASES = {
     "whole episodes": ["checkpoint.every=40"],
     "cut episodes, full replay": CUT,
     "two copies": [*CUT, "env.n_parallel_envs=2", "collector.random_steps=120"],
-    "gymnasium": [*CUT, "env.backend=gymnasium", "env.name=Hopper-v5", "env.task=''",
-                  "replay_buffer.batch_length=3", "optimization.predict_discount=true"],
+    "gymnasium": [
+        *CUT,
+        "env.backend=gymnasium",
+        "env.name=Hopper-v5",
+        "env.task=''",
+        "replay_buffer.batch_length=3",
+        "optimization.predict_discount=true",
+    ],
     "pixels, bfloat16": [*CUT, "env.from_pixels=true", "optimization.autocast=bfloat16"],
-}  # fmt: skip
+}
 
 
 class Stop(BaseException):
@@ -33,22 +46,38 @@ class Stop(BaseException):
 
 def stopped_after(saves, run_dir, *overrides):
     """Runs until `saves` checkpoints are written; returns whether the run ended by itself."""
-    original, count = utils.RunDirectory.save, 0
+    count = 0
 
-    def save(self, *args, **kwargs):
+    def save(*args):
         nonlocal count
-        kept, count = original(self, *args, **kwargs), count + 1
+        kept, count = save_checkpoint(*args), count + 1
         if count > saves:
-            raise Stop
+            raise Stop  # before the run forgets what older checkpoints needed
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.RunDirectory, "save", save)
+        patch.setattr(common.run, "save_checkpoint", save)
         try:
             small(run_dir, *overrides)
         except Stop:
             return False
     return True
+
+
+def stop_after_phases(phases, run_dir, *overrides):
+    """Acts for so many phases, and ends where the next one would begin."""
+    original, count = ResumableCollector.collect, 0
+
+    def collect(self):
+        nonlocal count
+        count += 1
+        if count > phases:
+            raise Stop
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(ResumableCollector, "collect", collect)
+        small(run_dir, *overrides)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,17 +93,8 @@ def test_stopped_at_every_checkpoint_it_ends_with_the_same_bits(tmp_path, case):
 def test_rows_overwritten_after_the_checkpoint_come_back(tmp_path):
     flags = *CUT, "checkpoint.every=90", "name=one"
     small(tmp_path / "whole", *flags)
-    original = utils.Run.collect
-
-    def collect(self):
-        if self.step == 240 - 30:
-            assert list((tmp_path / "run" / "replay" / "undo").iterdir())
-            raise Stop
-        original(self)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.Run, "collect", collect)
-        small(tmp_path / "run", *flags)
+    stop_after_phases(7, tmp_path / "run", *flags)  # at step 210, saved at step 180
+    assert list((tmp_path / "run" / "replay" / "undo").iterdir())
     small(tmp_path / "run", *flags)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
@@ -108,25 +128,17 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
 def test_rows_written_after_the_checkpoint_are_not_there_twice(tmp_path):
     flags = "checkpoint.every=120", "logger.every=40"
     _, whole = small(tmp_path / "whole", *flags)
-    original, rows = utils.Run.collect, tmp_path / "run" / "metrics.jsonl"
-
-    def collect(self):
-        if self.step == 200:
-            raise Stop
-        original(self)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(utils.Run, "collect", collect)
-        small(tmp_path / "run", *flags)
-    assert len(rows.read_text().splitlines()) == 5
+    stop_after_phases(5, tmp_path / "run", *flags)  # at step 200, saved at step 120
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 5
     assert small(tmp_path / "run", *flags)[1] == whole
 
 
 def start(run_dir, *overrides):
     """A training process of its own, through the command line."""
     command = [sys.executable, "dreamer.py", *SMALL, f"run_dir={run_dir}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE)  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
 
 
 def wait_for(condition, seconds=120):
@@ -166,17 +178,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 def test_a_signal_reaches_the_previous_handler_of_usr2(tmp_path):
     """submitit's handler puts the job into the queue again."""
-    called, original = [], utils.Run.collect
+    called, original = [], Run.count_steps
 
-    def collect(self):
-        original(self)
+    def count_steps(self, transitions):
+        original(self, transitions)
         if self.step == 120:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(utils.Run, "collect", collect)
+            patch.setattr(Run, "count_steps", count_steps)
             small(tmp_path / "run")
     finally:
         signal.signal(signal.SIGUSR2, before)
@@ -188,14 +200,31 @@ def test_a_signal_reaches_the_previous_handler_of_usr2(tmp_path):
 
 def test_an_unfinished_episode_is_repeated_exactly():
     cfg = configure(*SMALL, "env.from_pixels=true")
-    seeds = utils.EpisodeSeeds(3, 0)
-    env = utils.make_env(cfg.env, [seeds], cfg.networks)
-    steps = env.rollout(7)
-    repeated = utils.EpisodeSeeds(3, 0, seeds.episode - 1, steps["action"])
-    again = utils.make_env(cfg.env, [repeated], cfg.networks).reset()
+    seeds = EpisodeSeeds(3, 0)
+    steps = utils.build_env(cfg, [seeds]).rollout(7)
+    repeated = EpisodeSeeds(3, 0, seeds.episode - 1, steps["action"])
+    again = utils.build_env(cfg, [repeated]).reset()
     wanted = step_mdp(steps[-1])
     assert torch.equal(again["observation"], wanted["observation"])
     assert again["step_count"] == wanted["step_count"] == 7
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path, capsys):
+    """Its checkpoints had other parts, and they stay as they are."""
+    cfg = configure(*SMALL, f"run_dir={tmp_path / 'run'}")
+    agent = dreamer.train(cfg)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    progress = SimpleNamespace(state_dict=lambda: {"step": 240, "updates": 6})
+    metadata = {"step": 240, "episodes": 6, "config": {}}
+    save_checkpoint(checkpoints, 1, 250, metadata, {"agent": agent, "progress": progress})
+    before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+    assert len(before) == 1
+    capsys.readouterr()
+    with pytest.raises(UserError, match="earlier version.*another name=") as refused:
+        dreamer.train(cfg)
+    assert "\n" not in str(refused.value)
+    assert "cannot be used" not in capsys.readouterr().out, "it is not damaged"
+    assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
 
 
 def test_the_cost_of_a_checkpoint_does_not_grow_with_the_replay(tmp_path):
@@ -206,16 +235,16 @@ def test_the_cost_of_a_checkpoint_does_not_grow_with_the_replay(tmp_path):
 
 def test_resident_memory_and_open_files_stay_flat(tmp_path):
     """200 episodes, measured from the 100th on."""
-    seen, original = [], utils.Run.report
+    seen, original = [], Run.reported
 
-    def report(self):
+    def reported(self):
         original(self)
         pages = int(open("/proc/self/statm").read().split()[1])
         files = len(os.listdir("/proc/self/fd"))
         seen.append((self.step, pages * os.sysconf("SC_PAGE_SIZE"), files))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Run, "report", report)
+        patch.setattr(Run, "reported", reported)
         small(
             tmp_path / "run",
             "env.time_limit=20",
@@ -242,6 +271,6 @@ def test_the_dashboard_goes_on_with_the_same_run(tmp_path):
 def test_times_are_in_a_file_of_their_own(tmp_path):
     _, rows = small(tmp_path / "run")
     times = (tmp_path / "run" / "throughput.jsonl").read_text().splitlines()
-    assert [json.loads(row)["environment_steps"] for row in times] == [
-        row["environment_steps"] for row in rows]  # fmt: skip
+    timed = [json.loads(row)["environment_steps"] for row in times]
+    assert timed == [row["environment_steps"] for row in rows]
     assert not [key for row in rows for key in row if key.startswith("throughput/")]

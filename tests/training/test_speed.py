@@ -7,46 +7,66 @@ import copy
 
 import pytest
 import torch
-from small_runs import SMALL, configure, small
 from tensordict import TensorDict
 from torch import nn
 
 import dreamer
 import dreamer_utils as utils
+from common.device import compile_steps, make_autocast
+from common.errors import UserError
+from common.layers import Deconvolution
+from common.replay import Replay
+from common.rows import replay_layout
+from small_runs import SMALL, configure, small
 
 CPU = torch.device("cpu")
 
 
+def pytorchs_own(layer):
+    """PyTorch's transposed convolution with the parameters of `layer`."""
+    size = layer.in_channels, layer.out_channels, layer.kernel_size
+    own = nn.utils.skip_init(nn.ConvTranspose2d, *size, stride=layer.stride)
+    own.weight, own.bias = layer.weight, layer.bias
+    return own
+
+
 def plain(agent):
     """The same agent with PyTorch's own transposed convolutions and the channels first."""
-    for layer in agent.world_model.decoder.decoder[::2]:
-        layer.__class__ = nn.ConvTranspose2d
+    layers = agent.world_model.decoder.decoder
+    for index, layer in enumerate(layers):
+        if isinstance(layer, Deconvolution):
+            layers[index] = pytorchs_own(layer)
+    assert not any(isinstance(layer, Deconvolution) for layer in agent.modules())
     preprocess = agent.world_model.preprocess
     agent.world_model.preprocess = lambda observation: preprocess(observation).contiguous()
     return agent.to(memory_format=torch.contiguous_format)
 
 
-def one_update(kind, dtype=None):
+def one_update(kind, dtype=torch.float32):
     """(change of all parameters, gradients) of one update from pixels, as flat vectors.
 
-    `kind`: plain, fast (the default) or compiled.
+    Args:
+        kind: plain, fast (the default of a run) or compiled.
     """
     torch.manual_seed(0)
     cfg = configure(*SMALL, "networks.channels=4", f"optimization.compile={kind == 'compiled'}")
-    agent = utils.Agent(cfg, (64, 64, 3), 2)
-    batch = {"observation": torch.randint(0, 255, (3, 6, 64, 64, 3), dtype=torch.uint8),
-             "action": torch.rand(3, 6, 2) * 2 - 1, "reward": torch.rand(3, 6),
-             "terminated": torch.zeros(3, 6, dtype=torch.bool)}  # fmt: skip
-    noise = dreamer.draw_noise(3, 6, cfg.optimization, agent.world_model)
+    hp = cfg.optimization
+    agent = dreamer.make_agent(cfg, (64, 64, 3), 2)
+    batch = {
+        "observation": torch.randint(0, 255, (3, 6, 64, 64, 3), dtype=torch.uint8),
+        "action": torch.rand(3, 6, 2) * 2 - 1,
+        "reward": torch.rand(3, 6),
+        "terminated": torch.zeros(3, 6, dtype=torch.bool),
+    }
+    noise = dreamer.draw_noise(3, 6, hp, agent.world_model)
     if kind == "plain":
         plain(agent)
     before = copy.deepcopy(agent.state_dict())
-    utils.compile_steps(agent, cfg, CPU)
-    optimizers = utils.build_optimizers(cfg.optimization, agent, dtype)
+    compile_steps(agent, hp.compile, CPU)
+    optimizers = utils.make_optimizers(hp, agent, dtype)
     for optimizer in optimizers.values():  # the default scale overflows, and is then lowered
         optimizer.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=dtype == torch.float16)
-    learning = utils.accelerate(dreamer.LEARNING, CPU, dtype)
-    dreamer.update(learning, agent, optimizers, batch, noise, cfg.optimization)
+    dreamer.update(agent, optimizers, batch, noise, hp, make_autocast(CPU, dtype))
     delta = [(p - before[name]).flatten() for name, p in agent.named_parameters()]
     return torch.cat(delta).detach(), torch.cat([p.grad.flatten() for p in agent.parameters()])
 
@@ -85,8 +105,7 @@ def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
     image = layer(x)
     upstream = torch.randn_like(image)
     wanted = torch.autograd.grad(image, inputs, upstream)
-    layer.__class__ = utils.Deconvolution
-    own = layer(x)
+    own = Deconvolution.like(layer)(x)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(own, image, atol=tolerance, rtol=tolerance)
     for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted):
@@ -98,18 +117,22 @@ def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
 def test_an_update_is_one_graph_of_static_shapes(pixels, discount):
     """No branch of the losses depends on data, which CUDA graphs need."""
     cfg = configure(*SMALL, f"optimization.predict_discount={discount}")
+    hp = cfg.optimization
     shape = (64, 64, 3) if pixels else (5,)
-    agent = utils.Agent(cfg, shape, 2)
+    agent = dreamer.make_agent(cfg, shape, 2)
     observation = torch.rand(2, 4, *shape)
     observation = (observation * 255).byte() if pixels else observation
-    batch = {"observation": observation, "action": torch.rand(2, 4, 2),
-             "reward": torch.rand(2, 4), "terminated": torch.rand(2, 4) > 0.5}  # fmt: skip
-    noise = dreamer.draw_noise(2, 4, cfg.optimization, agent.world_model)
+    batch = {
+        "observation": observation,
+        "action": torch.rand(2, 4, 2),
+        "reward": torch.rand(2, 4),
+        "terminated": torch.rand(2, 4) > 0.5,
+    }
+    noise = dreamer.draw_noise(2, 4, hp, agent.world_model)
 
     def losses():
-        model, posterior, _ = dreamer.dynamics_learning(
-            agent.world_model, batch, noise, cfg.optimization)  # fmt: skip
-        actor, value, _ = dreamer.behavior_learning(agent, posterior, noise, cfg.optimization)
+        model, posterior, _ = dreamer.dynamics_learning(agent.world_model, batch, noise, hp)
+        actor, value, _ = dreamer.behavior_learning(agent, posterior, noise, hp)
         return model, actor, value
 
     wanted = losses()
@@ -128,12 +151,24 @@ def test_training_runs_compiled_and_acts_without_compiling(tmp_path):
     assert graphs <= 8, "acting was compiled as well"
 
 
+def is_compiled(agent):
+    """Whether the steps are compiled, and the agent knows it."""
+    world_model = agent.world_model
+    # PyTorch has no public way to ask.
+    steps = {
+        module._compiled_call_impl is not None
+        for module in (world_model.prior, world_model.posterior, agent.actor)
+    }
+    assert steps == {agent.compiled}
+    return agent.compiled
+
+
 def test_compile_is_chosen_by_device():
     def compiled(*overrides):
         cfg = configure(*SMALL, *overrides)
-        agent = utils.Agent(cfg, (5,), 2)
-        utils.compile_steps(agent, cfg, CPU)
-        return agent.actor._compiled_call_impl is not None
+        agent = dreamer.make_agent(cfg, (5,), 2)
+        compile_steps(agent, cfg.optimization.compile, CPU)
+        return is_compiled(agent)
 
     assert not compiled()
     assert not compiled("optimization.compile=false")
@@ -146,19 +181,19 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
         raise RuntimeError("InvalidCxxCompiler: none found")
 
     cfg = configure(*SMALL, "optimization.compile=true")
-    agent = utils.Agent(cfg, (5,), 2)
+    agent = dreamer.make_agent(cfg, (5,), 2)
     monkeypatch.setattr(torch, "compile", lambda function: fail)
-    utils.compile_steps(agent, cfg, CPU)
+    compile_steps(agent, cfg.optimization.compile, CPU)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and "InvalidCxxCompiler" in said[0]
-    assert agent.actor._compiled_call_impl is None
+    assert not is_compiled(agent)
 
 
 def empty_replay(directory):
     """A replay for observations and actions of one number."""
     cfg = configure(*SMALL)
-    _, layout = utils.replay_rows(cfg, (1,), 1)
-    return utils.Replay(cfg.replay_buffer, 200, layout, directory, 1, CPU)
+    _, layout = replay_layout(cfg, (1,), 1)
+    return Replay(cfg.replay_buffer, 200, layout, directory, 1, CPU)
 
 
 def filled_replay(directory):
@@ -189,5 +224,5 @@ def test_drawing_ahead_leaves_all_other_randomness_alone(tmp_path):
 
 def test_a_mistake_found_while_drawing_ahead_is_reported(tmp_path):
     replay = empty_replay(tmp_path / "replay")
-    with pytest.raises(utils.UserError, match="no episode has"):
+    with pytest.raises(UserError, match="no episode has"):
         next(replay.batches(2))
