@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from common.errors import UserError
 from common.files import atomic_path
 from common.opengl import no_opengl
-from common.rows import checksum, open_rows
+from common.rows import UNDO, checksum, open_rows
 
 with no_opengl():
     from torchrl.data import ReplayBuffer, SliceSampler, TensorStorage
@@ -107,7 +107,7 @@ class Replay:
 
     def forget(self, episodes):
         """Deletes what is only needed to go back to less than `episodes` episodes."""
-        for path in (self.directory / "undo").glob("*.pt"):
+        for path in (self.directory / "undo").glob(UNDO):
             if int(path.stem) < episodes:
                 path.unlink()
 

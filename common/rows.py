@@ -11,6 +11,8 @@ from tensordict import MemoryMappedTensor, TensorDict
 
 from common.errors import DamageError, UserError
 
+UNDO = "[0-9]*.pt"  # not the hidden ones, of a write that was killed
+
 
 def replay_layout(cfg, observation_shape, action_dim):
     """The number of rows that a run needs, and {name: (shape, dtype)} of one row."""
@@ -86,7 +88,7 @@ def restore_rows(directory, state):
         DamageError: an episode is not what was saved. What is older can still be restored.
     """
     files = open_rows(directory, state["rows"], state["layout"])
-    for path in sorted((directory / "undo").glob("*.pt"), reverse=True):
+    for path in sorted((directory / "undo").glob(UNDO), reverse=True):
         if int(path.stem) >= state["episodes"]:
             rows = torch.load(path)
             index = rows.pop("index")
