@@ -21,6 +21,11 @@ the reward that came with it. The row of a reset holds action 0 and reward 0.
 import contextlib
 import math
 
+from common.signals import end_at_once_on_ctrl_c
+
+if __name__ in ("__main__", "__mp_main__"):  # the latter in worker processes
+    end_at_once_on_ctrl_c()  # also while the libraries below are imported, which takes seconds
+
 import hydra
 import torch
 from torch.distributions import Independent, Normal, kl_divergence

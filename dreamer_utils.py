@@ -31,18 +31,22 @@ from common.episodes import (
     ResumableCollector,
     ResumedMemory,
     resumed_episodes,
+    workers_of,
 )
 from common.errors import UserError, user_message
 from common.evaluation import Evaluation, find_checkpoint, take_over_config, write_evaluation
 from common.layers import Deconvolution, FullPrecision
 from common.logger import Logger
+from common.memory import check_memory
 from common.opengl import no_opengl, prepare_gl
 from common.replay import Replay
 from common.report import check_versions, run_metadata
 from common.rows import replay_layout
 from common.run import Run
+from common.signals import shield_resource_tracker
 
 with no_opengl():
+    import torchrl
     from torchrl import envs, modules
     from torchrl.collectors import Collector
     from torchrl.data import Unbounded
@@ -273,6 +277,9 @@ def freeze(agent):
             parameter.requires_grad_(True)
 
 
+SMALLEST_LOSS_SCALE = 2.0**-10  # far below the 2^16 at the start: every update overflows
+
+
 # --- Optimization --------------------------------------------------------------------------------
 class Optimizer:
     """Adam with a global-norm clip, as two verbs: `backward(loss)`, `step() -> grad_norm`."""
@@ -292,11 +299,19 @@ class Optimizer:
         """Clips the gradients, steps, and returns their norm before the clip."""
         self.scaler.unscale_(self.adam)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
+        overflowed = self.scaler.is_enabled() and not norm.isfinite()  # such a step is skipped
         for group in self.adam.param_groups:  # Keras adds eps before the bias correction
-            group["steps"] = group.get("steps", 0) + 1
-            group["eps"] = self.eps / math.sqrt(1 - group["betas"][1] ** group["steps"])
+            group["steps"] = group.get("steps", 0) + (not overflowed)
+            steps = max(group["steps"], 1)
+            group["eps"] = self.eps / math.sqrt(1 - group["betas"][1] ** steps)
         self.scaler.step(self.adam)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:
+            raise UserError(
+                "float16: gradients overflow whatever the loss scale, so nothing is learned any"
+                " more: use optimization.autocast=bfloat16 or false; the same command otherwise"
+                " goes on from the last checkpoint"
+            )
         return norm
 
     def state_dict(self):
@@ -306,7 +321,8 @@ class Optimizer:
     def load_state_dict(self, state):
         """Takes over what `state_dict` gave."""
         self.adam.load_state_dict(state["adam"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():  # else the precision is another one now
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def make_optimizers(hp, agent, precision=torch.float32):
@@ -323,10 +339,17 @@ def make_optimizers(hp, agent, precision=torch.float32):
     }
 
 
+SHUTDOWN_SECONDS = 5.0  # for workers to end by themselves; then they are killed
+# For a step or a reset of all workers: one that was stopped or hangs ends the run in a sentence,
+# not after TorchRL's 10 000 s. A reset may repeat an episode from pixels, so it is minutes.
+ANSWER_SECONDS = 300.0
+
+
 # --- Device, environment, policy, collector ------------------------------------------------------
 def make_device(cfg):
     """The device and the precision of the networks, with the process tuned for them."""
     device = resolve_device(cfg.device)
+    check_memory(cfg, device)
     tune_process(device)
     return device, resolve_precision(cfg.optimization.autocast, device)
 
@@ -358,8 +381,16 @@ def build_env(cfg, seeds, memory=None):
     if len(seeds) == 1:
         env = make_task(cfg.env, seeds[0])
     else:
+        shield_resource_tracker()
         workers = [WorkerTask(cfg.env, each) for each in seeds]
-        env = envs.TransformedEnv(envs.ParallelEnv(len(workers), workers))
+        # TorchRL has no argument for it. Workers keep theirs: updates in between may take hours.
+        torchrl._utils.BATCHED_PIPE_TIMEOUT = ANSWER_SECONDS
+        # By itself it would take threads away from training.
+        threads = torch.get_num_threads()
+        env = envs.ParallelEnv(
+            len(workers), workers, num_threads=threads, shutdown_timeout=SHUTDOWN_SECONDS
+        )
+        env = envs.TransformedEnv(env)
     sizes = {
         "state": cfg.networks.state_dim,
         "belief": cfg.networks.belief_dim,
@@ -378,9 +409,14 @@ def env_sizes(env):
 def close_env(env):
     """Ends an environment and its processes, if it is still open."""
     if not env.is_closed:
-        # If a worker died, TorchRL ends the others and complains again.
-        with contextlib.suppress(RuntimeError, ValueError):
+        workers = workers_of(env)
+        # If a worker died, TorchRL complains again, and sends the others only what they ignore.
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
             env.close()
+        for worker in workers:
+            if not worker._closed and worker.is_alive():
+                worker.kill()
+                worker.join()
 
 
 class Policy(TensorDictModuleBase):
@@ -461,7 +497,16 @@ def make_replay(cfg, env, run, device):
         overwritten = saved["episodes"] > len(saved["table"])  # such a ring cannot grow
         rows = saved["rows"] if overwritten else max(rows, saved["rows"])
     place = run.path / "replay"
-    return Replay(cfg.replay_buffer, rows, layout, place, cfg.env.action_repeat, device, cfg.seed)
+    return Replay(
+        cfg.replay_buffer,
+        rows,
+        layout,
+        place,
+        cfg.env.action_repeat,
+        device,
+        cfg.seed,
+        cfg.optimization.predict_discount,
+    )
 
 
 def make_evaluation(cfg, agent, policy_fn, diagnostics):
@@ -475,14 +520,22 @@ def make_evaluation(cfg, agent, policy_fn, diagnostics):
 def evaluate_checkpoint(cfg, make_agent, make_evaluation):
     """Evaluates the agent of `eval.checkpoint`, with the configuration that it brings."""
     path, metadata, states = find_checkpoint(cfg.eval.checkpoint)
-    take_over_config(cfg, metadata["config"])
+    cfg = take_over_config(cfg, metadata["config"])
     device = resolve_device(cfg.device)
+    check_memory(cfg, device)
     tune_process(device)
     env = build_env(cfg, [EpisodeSeeds(cfg.seed, EVALUATION)])
     sizes = env_sizes(env)
     env.close()
     agent = make_agent(cfg, *sizes).to(device)
-    agent.load_state_dict(states["agent"])
+    try:
+        agent.load_state_dict(states["agent"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the weights in {path} are not those of its configuration ({reason}): take another"
+            " checkpoint"
+        ) from None
     evaluation = make_evaluation(cfg, agent)
     try:
         write_evaluation(cfg, evaluation, path, metadata["step"])

@@ -6,16 +6,22 @@ back to a pickle where a file is missing, and a pickle from a stranger runs code
 
 import io
 import os
+import pickle
 import zipfile
 import zlib
 
 import torch
 
-from common.errors import DamageError, UserError
+from common.errors import DamageError, UserError, first_line
 from common.opengl import no_opengl
 
 with no_opengl():
-    from torchrl.checkpoint import Checkpoint, CheckpointRotation, StateDictCheckpointAdapter
+    from torchrl.checkpoint import (
+        Checkpoint,
+        CheckpointRotation,
+        GlobalRNGState,
+        StateDictCheckpointAdapter,
+    )
 
 # All that a damaged archive can lead to.
 DAMAGE = (
@@ -23,8 +29,12 @@ DAMAGE = (
     OSError,
     ValueError,
     KeyError,
+    IndexError,
     EOFError,
     RuntimeError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -49,11 +59,11 @@ def save_checkpoint(directory, keep, step, metadata, parts):
             os.fsync(file.fileno())
             if archive.testzip():
                 raise OSError(5, "what was read back is not what was written")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's writer meets a full disk with the latter
+        reason = getattr(error, "strerror", None) or "the disk took only a part of it"
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {directory}"
-            f" ({error.strerror}): free some space; the same command then goes on"
-            " from the one before"
+            f"the checkpoint of step {step} could not be written to {directory} ({reason}): free"
+            " some space; the same command then goes on from the one before"
         ) from None
     return [Checkpoint.manifest(path)["metadata"] for path in rotation.checkpoints()]
 
@@ -66,6 +76,7 @@ def read_checkpoint(path, names=None):
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            check_members(archive.infolist())
             if broken := archive.testzip():
                 raise DamageError(f"{broken} is damaged")
             manifest = Checkpoint.manifest(path)
@@ -73,17 +84,68 @@ def read_checkpoint(path, names=None):
             states = {}
             for name in records if names is None else names:
                 content = archive.read(f"{records[name]['path']}/state.pt")
-                states[name] = torch.load(
-                    io.BytesIO(content), map_location="cpu", weights_only=True
-                )
+                states[name] = load_tensors(io.BytesIO(content))
     except DAMAGE as error:
-        raise DamageError(str(error).splitlines()[0]) from None
-    return manifest["metadata"], states
+        raise DamageError(first_line(error)) from None
+    return check_metadata(manifest.get("metadata")), states
+
+
+def load_tensors(source):
+    """What `torch.save` wrote to a path or a file in memory, on the CPU; runs no code.
+
+    Raises:
+        DamageError: it is not what was written, or holds more than tensors and numbers.
+    """
+    try:
+        with zipfile.ZipFile(source) as tensors:
+            check_members(tensors.infolist())
+            if broken := tensors.testzip():
+                raise DamageError(f"{broken} is damaged")
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamageError("it holds something else than tensors and numbers") from None
+    except DAMAGE as error:
+        raise DamageError(first_line(error)) from None
+
+
+def check_members(members):
+    """`DamageError` if a member of an archive is packed: ours are stored, no bomb can hide."""
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise DamageError(f"{member.filename} is compressed, which no checkpoint of ours is")
+
+
+def check_metadata(metadata):
+    """The metadata of a checkpoint, if it has what we write; else `DamageError`."""
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("config"), dict):
+        raise DamageError("it does not say with which configuration it was made")
+    step = metadata.get("step")
+    if not isinstance(step, int) or not 0 <= step < 2**60:
+        raise DamageError(f"it says that it was made at step {step}")
+    return metadata
+
+
+def load_random_state(state):
+    """Takes over the state of all random generators, as far as this machine has them.
+
+    A run that moves to a machine without its GPUs goes on, with other random numbers there.
+    """
+    gpus = len(state.get("torch_cuda", ()))
+    if gpus and gpus != torch.cuda.device_count():
+        state = {name: value for name, value in state.items() if name != "torch_cuda"}
+        print(
+            f"the checkpoint has the random generators of {gpus} GPU(s), this machine has"
+            f" {torch.cuda.device_count()}: theirs start anew, the results are no longer the same"
+            " to the bit"
+        )
+    GlobalRNGState().load_state_dict(state)
 
 
 def checkpoint_paths(directory):
-    """The checkpoints in a directory, the newest first."""
-    return sorted(directory.glob("checkpoint-*"), reverse=True)
+    """The checkpoints in a directory, the newest first; copies by another name are the user's."""
+    return sorted(directory.glob("checkpoint-[0-9]*.torchrl"), reverse=True)
 
 
 def newest_whole_checkpoint(paths, check=None):

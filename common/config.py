@@ -19,23 +19,43 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from common.combinations import check_combinations
 from common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
+NotEmpty = Annotated[str, Field(min_length=1)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 LowerCase = BeforeValidator(lambda value: str(value).lower())  # YAML reads `false` as a bool
 Precision = Annotated[Literal["auto", "false", "true", "bfloat16", "float16"], LowerCase]
 Compilation = Annotated[Literal["auto", "false", "true", "reduce-overhead"], LowerCase]
 
 
+PLAIN_WORDS = {  # where pydantic's own are not plain
+    "string_pattern_mismatch": r"it should not be empty, and have none of / \ # ? % :",
+    "string_too_short": "it should not be empty",
+}
+
+
 class Section(BaseModel):
     """Keys that belong together; unknown keys, infinities and NaN are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_booleans_as_numbers(cls, value, info):
+        """Python takes true for 1."""
+        number = cls.model_fields[info.field_name].annotation in (int, float)
+        if number and isinstance(value, bool):
+            raise PydanticCustomError("number", "it should be a number")
+        return value
 
 
 class Env(Section):
@@ -119,13 +139,15 @@ class CheckpointConfig(Section):
     keep: PositiveInt
     resume: bool
     overwrite: bool
+    lock: bool
+    drop_damaged: bool
 
 
 class LoggerConfig(Section):
     """`logger`: rows of metrics, films, the dashboard."""
 
     mode: Literal["offline", "online", "disabled", "dryrun"]
-    project: str
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")]  # what wandb takes
     every: PositiveInt
     video: bool
     video_every: PositiveInt
@@ -135,9 +157,9 @@ class LoggerConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str
-    run_dir: str
-    seed: NonNegativeInt
+    name: NotEmpty
+    run_dir: NotEmpty
+    seed: Seed
     doctor: bool
     device: str
     env: Env
@@ -163,75 +185,33 @@ def register_configs():
 def load_config(cfg):
     """Hydra's configuration as a checked `Config`; `UserError` names the first thing wrong."""
     try:
-        config = Config.model_validate(OmegaConf.to_container(cfg, resolve=True))
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    return check_values(values)
+
+
+def check_values(values, where=""):
+    """Nested values as a checked `Config`; `UserError` names the first thing wrong.
+
+    Args:
+        where: begins the sentence, if the values are not those of the command line.
+    """
+    try:
+        config = Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{key}: there is no such key, config.yaml lists all") from None
-        if first["type"] == "missing":
-            raise UserError(f"{key} has no value: give one, or leave config.yaml whole") from None
-        given = "null" if first["input"] is None else first["input"]
-        reason = first["msg"].replace("Input should", "it should")
-        raise UserError(f"{key}={given}: {reason}") from None
+        raise UserError(where + explain(error.errors()[0])) from None
     check_combinations(config)
     return config
 
 
-def check_combinations(config):
-    """Raises `UserError` where single values are fine but do not go together."""
-    env, collector, replay = config.env, config.collector, config.replay_buffer
-    rows = env.time_limit // env.action_repeat + 1  # of an episode: its agent steps and the reset
-    first_episodes = env.n_parallel_envs * env.time_limit
-    films = config.logger.video or config.eval.video or config.eval.dream_episode
-    rules = [
-        (
-            replay.batch_size % replay.batch_length == 0,
-            f"replay_buffer.batch_size={replay.batch_size} (frames per update) must be a multiple"
-            f" of replay_buffer.batch_length={replay.batch_length}",
-        ),
-        (
-            env.time_limit % env.action_repeat == 0,
-            f"env.time_limit={env.time_limit} is no multiple of"
-            f" env.action_repeat={env.action_repeat}",
-        ),
-        (
-            replay.batch_length <= rows,
-            "replay_buffer.batch_length is longer than an episode, which"
-            f" has {rows} rows: lower it, or raise env.time_limit",
-        ),
-        (
-            collector.random_steps >= first_episodes,
-            "collector.random_steps does not fill an episode of"
-            f" every environment: raise it to {first_episodes}",
-        ),
-        (
-            collector.total_steps >= collector.random_steps,
-            "collector.total_steps ends before training starts: raise it above"
-            f" collector.random_steps={collector.random_steps}",
-        ),
-        (
-            replay.capacity >= collector.random_steps,
-            f"replay_buffer.capacity cannot hold the {collector.random_steps} steps of"
-            " collector.random_steps: raise it",
-        ),
-        (
-            env.from_pixels or not films,
-            "films need env.from_pixels=true, a state vector makes none: leave out logger.video,"
-            " eval.video and eval.dream_episode",
-        ),
-        (
-            config.eval.checkpoint or not (config.eval.video or config.eval.dream_episode),
-            "eval.video and eval.dream_episode need eval.checkpoint=...; films of training come"
-            " with logger.video=true",
-        ),
-        (
-            config.eval.dream_episode or not config.eval.dream_step,
-            "eval.dream_step needs eval.dream_episode=1 (or a later one)",
-        ),
-    ]
-    for fine, sentence in rules:
-        if not fine:
-            raise UserError(sentence)
+def explain(error):
+    """One sentence about pydantic's first error."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: there is no such key, config.yaml lists all"
+    if error["type"] == "missing":
+        return f"{key} has no value: give one, or leave config.yaml whole"
+    given = "null" if error["input"] is None else error["input"]
+    reason = PLAIN_WORDS.get(error["type"], error["msg"].replace("Input should", "it should"))
+    return f"{key}={given}: {reason}"

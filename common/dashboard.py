@@ -41,7 +41,7 @@ def start_wandb(cfg, directory, run_id):
             config=cfg.model_dump(),
             settings=wandb.Settings(init_timeout=30),
         )
-    except (wandb.errors.Error, TimeoutError) as error:
+    except (wandb.errors.Error, TimeoutError, ValueError) as error:  # the last: an odd address
         reason = str(error).splitlines()[0]
         raise UserError(
             f"wandb does not answer ({reason}): check the network, {WITHOUT_WANDB}"

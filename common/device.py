@@ -15,9 +15,12 @@ def resolve_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name}: {str(error).splitlines()[0]}; use device=auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name}: choose auto, cpu, cuda or cuda:N")
+    return device
 
 
 def computes_bfloat16(device):

@@ -17,6 +17,7 @@ class Diagnostics:
 
     An episode is a dict: `observation` [T + 1, ...], `action` [T, A], `reward` [T], and the
     agent's filtered `state` [T, S] and `belief` [T, D]; `reward[t]` came after `action[t]`.
+    `terminated` [] says whether it truly ended there, not only at the time limit.
     """
 
     observe: Callable  # Eqs. (1), (9)
@@ -48,8 +49,12 @@ class Diagnostics:
         curves["imagined_return"] = world_model.reward(*dreams).flatten(1).sum(1)
         curves["real_return"] = reward.unfold(0, H, 1).sum(1)
 
-        curves["value"] = agent.value(episode["state"][1:], episode["belief"][1:]).squeeze(-1)
-        inputs = reward[None, : T - 1], curves["value"][None], hp.gamma, hp.lambda_
+        value = agent.value(episode["state"][1:], episode["belief"][1:]).squeeze(-1)
+        ended = bool(episode["terminated"])
+        if ended:  # the last state is worth its reward, and nothing comes after it
+            value = torch.cat([value, reward[-1:]])
+        curves["value"] = value
+        inputs = reward[None, : len(value)], value[None], hp.gamma, hp.lambda_, ended
         curves["value_above_target"], bias = self.value_bias(*inputs)
         metrics = {f"world_model/open_loop_{name}": curves[name].mean() for name in ERRORS}
         gap = curves["imagined_return"].mean() - curves["real_return"].mean()
@@ -70,7 +75,7 @@ class Diagnostics:
 
         return choose_action
 
-    def value_bias(self, reward, value, gamma, lambda_):
+    def value_bias(self, reward, value, gamma, lambda_, ended=False):
         """How far v_t is above the lambda-return, Eq. (6), of real rewards.
 
         It is 0 if all values are true, c if all are c too high. V_t contains later values, which
@@ -79,13 +84,16 @@ class Diagnostics:
 
         Args:
             reward, value: [n, T].
+            ended: whether the last value is no estimate, but the last reward of all.
         Returns:
             the difference [n, T - 1], and its mean.
         """
         discount = torch.full_like(value, gamma)
         target = self.lambda_return(reward, value, discount, lambda_)
-        nothing, one = torch.zeros_like(reward), torch.ones_like(value)
-        borrowed = self.lambda_return(nothing, one, discount, lambda_)
+        nothing, estimated = torch.zeros_like(reward), torch.ones_like(value)
+        if ended:
+            estimated[:, -1] = 0
+        borrowed = self.lambda_return(nothing, estimated, discount, lambda_)
         above = value[:, :-1] - target
         return above, above.sum() / (1 - borrowed).sum()
 

@@ -1,14 +1,18 @@
 """The directory of a run: held by one process, never written over, as before if a start fails."""
 
-import fcntl
 import shutil
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
 from common.files import atomic_write
 from common.keys import MAY_CHANGE, flatten
+from common.lock import DirectoryLock
+
+LEFTOVERS = ".checkpoint-*.*-" + 32 * "[0-9a-f]"  # TorchRL's names: stage, archive, backup, delete
 
 
 class RunDirectory:
@@ -17,22 +21,41 @@ class RunDirectory:
     def __init__(self, cfg):
         self.cfg, self.path = cfg, Path(cfg.run_dir)
         self.config_file = self.path / "config.yaml"
-        self.lock, self.created, self.set_aside = None, False, None
+        self.lock, self.created, self.set_aside = DirectoryLock(self.path), False, None
 
     def find_run(self):
-        """Whether there is a run to go on with; it is then locked, and of this configuration."""
+        """Locks the directory, then says whether it holds a run of this configuration."""
+        wanted = self.cfg.checkpoint
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is not a directory: choose another run_dir")
+        if wanted.lock:
+            self.lock.take()
         if not self.config_file.exists():
             return False
-        wanted = self.cfg.checkpoint
         if not (wanted.resume or wanted.overwrite):
             raise UserError(
                 f"{self.path} holds a run: checkpoint.resume=true goes on with it,"
                 " checkpoint.overwrite=true sets it aside, or choose another name=..."
             )
         if wanted.resume:
-            self.take_lock()
-            self.check_config(OmegaConf.to_container(OmegaConf.load(self.config_file)))
+            self.check_config(self.read_config())
+            self.remove_leftovers()
         return wanted.resume
+
+    def read_config(self):
+        """What config.yaml says; `UserError` if it is damaged."""
+        try:
+            saved = OmegaConf.to_container(OmegaConf.load(self.config_file))
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+            saved, reason = None, str(error).splitlines()[0]
+        else:
+            reason = "it is no table of keys"
+        if not isinstance(saved, dict):
+            raise UserError(
+                f"{self.config_file} is damaged ({reason}): restore it from a backup, or from the"
+                " configuration in the dashboard; the checkpoints are left alone"
+            )
+        return saved
 
     def check_config(self, saved):
         """`UserError` if the run in the directory was started with another configuration."""
@@ -48,38 +71,33 @@ class RunDirectory:
                 " that, or choose another name=..."
             )
 
-    def take_lock(self):
-        """Holds the directory for as long as this process lives."""
-        self.lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{self.path} is in use by another process: wait for its end, or"
-                " choose another name=..."
-            ) from None
-        for left in (self.path / "checkpoints").glob(".*"):  # of a save that was killed
-            if left.is_dir():
+    def remove_leftovers(self):
+        """Deletes what a save left that was killed; the user's own hidden files stay."""
+        for left in (self.path / "checkpoints").glob(LEFTOVERS):
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
                 left.unlink()
 
     def claim(self):
         """Makes the directory of a new run; an old one that is not wanted is set aside."""
-        if self.lock:
+        if self.config_file.exists() and self.cfg.checkpoint.resume:
             return
         if self.config_file.exists():
             names = (f"{self.path.name}.old{number}" for number in range(1, 1000))
             asides = (self.path.with_name(name) for name in names)
             self.set_aside = next(path for path in asides if not path.exists())
             self.path.rename(self.set_aside)
-        self.created = not self.path.exists()
+        created = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.take_lock()
-        if any(path.stat().st_size for path in self.path.glob("*.jsonl")):
+        self.created = created
+        metrics = any(path.stat().st_size for path in self.path.glob("*.jsonl"))
+        # That of step 0 is what a start left that was killed in the middle.
+        checkpoints = any(self.path.glob("checkpoints/checkpoint-*[1-9]*.torchrl"))
+        if metrics or checkpoints:
             raise UserError(
-                f"{self.path} holds metrics but no config.yaml: put it back, or choose"
-                " another name=..."
+                f"{self.path} holds {'metrics' if metrics else 'checkpoints'} but no config.yaml:"
+                " put it back, or choose another name=..."
             )
 
     def remove_traces(self):
@@ -97,5 +115,4 @@ class RunDirectory:
 
     def unlock(self):
         """Lets other processes use the directory."""
-        if self.lock:
-            self.lock.close()
+        self.lock.release()

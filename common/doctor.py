@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,12 +10,20 @@ import torch
 
 from common.dashboard import check_wandb, start_wandb
 from common.device import resolve_device, resolve_precision
+from common.directory import RunDirectory
 from common.envs import IMAGE
 from common.errors import UserError
 from common.files import read_jsonl
+from common.memory import check_memory
 from common.opengl import check_picture, select_gl
 from common.report import check_versions
 from common.rows import check_space, replay_layout, row_bytes
+
+
+def nearest_directory(path):
+    """`path`, or the first directory above it that exists."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 class Doctor:
@@ -34,8 +43,11 @@ class Doctor:
         checks = {
             "versions": check_versions,
             "device": self.check_device,
+            "memory": self.check_memory,
             "precision": self.check_precision,
             "OpenGL": self.check_opengl,
+            "task": self.check_task,
+            "run_dir": self.check_run_dir,
             "disk": self.check_disk,
             "wandb": self.check_dashboard,
             "speed": self.measure_speed,
@@ -44,8 +56,9 @@ class Doctor:
         for name, check in checks.items():
             try:
                 print(f"ok      {name:<10} {check()}", flush=True)
-            except UserError as error:
-                print(f"problem {name:<10} {error}", flush=True)
+            except Exception as error:  # a check that fails must not hide the next ones
+                reason = str(error) if isinstance(error, UserError) else repr(error)
+                print(f"problem {name:<10} {' '.join(reason.split())}", flush=True)
                 fine = False
         return fine
 
@@ -60,13 +73,36 @@ class Doctor:
         device = resolve_device(self.cfg.device)
         return str(resolve_precision(self.cfg.optimization.autocast, device))
 
+    def check_memory(self):
+        """Whether the sizes can fit."""
+        return check_memory(self.cfg, resolve_device(self.cfg.device))
+
     def check_opengl(self):
-        """Whether images show anything."""
+        """Whether something renders."""
         if not self.cfg.env.from_pixels:
             return "not needed: env.from_pixels=false"
         select_gl()
-        with contextlib.closing(self.make_env(self.cfg)) as env:
-            return check_picture(env.reset()["observation"])
+        return f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
+
+    def check_task(self):
+        """Whether the task can be made, and its images show anything."""
+        cfg = self.cfg.model_copy(deep=True)
+        cfg.env.n_parallel_envs = 1
+        with contextlib.closing(self.make_env(cfg)) as env:
+            observation = env.reset()["observation"]
+            if cfg.env.from_pixels:
+                return check_picture(observation)
+            return f"{observation.shape[-1]} numbers, {env.action_spec.shape[-1]} actions"
+
+    def check_run_dir(self):
+        """Whether a start would find a directory that it can use."""
+        directory = RunDirectory(self.cfg)
+        try:
+            goes_on = directory.find_run()
+            with tempfile.TemporaryDirectory(dir=nearest_directory(self.cfg.run_dir)):
+                return f"{self.cfg.run_dir}, {'goes on' if goes_on else 'a new run'}"
+        finally:
+            directory.unlock()
 
     def check_disk(self):
         """Whether the replay has room."""
@@ -74,8 +110,7 @@ class Doctor:
         shape = IMAGE if self.cfg.env.from_pixels else (128,)
         rows, layout = replay_layout(self.cfg, shape, action_dim=32)
         needed = rows * row_bytes(layout)
-        parents = Path(self.cfg.run_dir).absolute().parents
-        free = check_space(next(path for path in parents if path.exists()), needed)
+        free = check_space(nearest_directory(self.cfg.run_dir), needed)
         return f"replay {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
 
     def check_dashboard(self):

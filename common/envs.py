@@ -5,7 +5,7 @@ images are uint8 [64, 64, 3], and the time limit is a truncation, not an end.
 """
 
 import logging
-import signal
+import os
 
 import dm_env
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 from common.episodes import ResumableEnv
 from common.errors import UserError
 from common.opengl import no_opengl
+from common.signals import ignore_stop_signals
 
 with no_opengl():  # else TorchRL loads it with mujoco, also where nothing is rendered
     from torchrl import envs
@@ -140,9 +141,27 @@ def make_gymnasium_env(cfg, seeds):
         )
     if cfg.from_pixels:
         env.observation_space = Box(0, 255, IMAGE, np.uint8)
+        render_fixed_state(cfg, env)
     elif not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         raise UserError(f"env.name={cfg.name} has no flat state vector: use env.from_pixels=true")
     return envs.GymWrapper(env)
+
+
+def render_fixed_state(cfg, env):
+    """Renders a first time after a reset with seed 0; `UserError` if nothing can be rendered.
+
+    Gymnasium's viewer points its free camera at the first state that a process renders. This one
+    is the same in every process, so that all see the same pictures.
+    """
+    try:
+        env.env.reset(seed=0)
+        env.observe(None)
+    except Exception as error:  # a missing package, say: each backend raises its own kind
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"env.name={cfg.name} cannot be rendered ({reason}): install what is missing, or use"
+            " env.from_pixels=false"
+        ) from None
 
 
 BACKENDS = {"dm_control": make_suite_env, "gymnasium": make_gymnasium_env}
@@ -167,13 +186,14 @@ def make_task(cfg, seeds):
 
 
 class WorkerTask:
-    """Builds a task in a process of its own, which leaves Ctrl-C to the process that asks it."""
+    """Builds a task in a process of its own, which leaves signals to the process that asks it."""
 
     def __init__(self, cfg, seeds):
-        self.cfg, self.seeds = cfg, seeds
+        self.cfg, self.seeds, self.parent = cfg, seeds, os.getpid()
 
     def __call__(self):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getpid() != self.parent:  # TorchRL also builds one in the parent, to look at it
+            ignore_stop_signals()
         return make_task(self.cfg, self.seeds)
 
 

@@ -65,6 +65,12 @@ class ResumedMemory(envs.Transform):
         return tensordict_reset if memory is None else tensordict_reset.update(memory)
 
 
+def workers_of(env):
+    """The processes of several copies that are still known; TorchRL has no public way to them."""
+    workers = getattr(getattr(env, "base_env", None), "_workers", [])
+    return [worker for worker in workers if not worker._closed]
+
+
 class ResumableCollector:
     """Phases of acting, and all that is needed to take an unfinished episode up again.
 
@@ -88,6 +94,9 @@ class ResumableCollector:
                 transitions = next(self.phases)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            for number, worker in enumerate(workers_of(self.collector.env)):
+                if worker.exitcode:
+                    reason = f"copy {number} ended with exit code {worker.exitcode}"
             raise UserError(
                 f"acting in the environment failed ({reason}); the same command goes on from the"
                 " last checkpoint"

@@ -7,10 +7,16 @@ class UserError(Exception):
     """A mistake that one sentence explains and the user can mend; shown without a traceback."""
 
 
+def first_line(error):
+    """What an error says in one line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class DamageError(Exception):
     """A checkpoint or its replay is not what was saved."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -19,6 +25,11 @@ DISK_ERRORS = (
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
     errno.EIO,
 )
 
@@ -31,10 +42,11 @@ def user_message(error):
     """
     if isinstance(error, UserError):
         return str(error)
-    if error.errno not in DISK_ERRORS:
+    if getattr(error, "errno", None) not in DISK_ERRORS:
         raise error
     place = error.filename or "while writing to run_dir"
+    remedy = "free some space, or " if error.errno in FULL else ""
     return (
-        f"{error.strerror or error} ({place}): free some space, or choose another run_dir;"
+        f"{error.strerror or error} ({place}): {remedy}choose another run_dir;"
         " what was saved stays, the same command goes on"
     )

@@ -14,9 +14,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
-from common.config import check_combinations
+from common.config import check_values
 from common.device import one_thread
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.keys import MAY_CHANGE, flatten, set_key
 from common.plots import draw_dream
@@ -92,12 +92,24 @@ class Evaluation:
     def play(self):
         """One episode, see `Diagnostics`, where the agent is."""
         limit = self.cfg.env.time_limit // self.cfg.env.action_repeat
-        steps = self.env.rollout(limit, self.policy)
+        try:
+            steps = self.env.rollout(limit, self.policy)
+        except Exception as error:
+            raise UserError(
+                f"an episode of the evaluation failed ({type(error).__name__}:"
+                f" {first_line(error)}): mend the task; what was saved stays"
+            ) from error
         after = steps["next"]
+        if not after["reward"].isfinite().all():
+            raise UserError(
+                "the environment gave a reward that is not finite in an evaluation: mend the"
+                " task; what was saved stays"
+            )
         episode = {
             "observation": torch.cat([steps["observation"][:1], after["observation"]]),
             "action": steps["action"],
             "reward": after["reward"].flatten(),
+            "terminated": after["terminated"][-1].any(),
             "state": after["state"],  # filtered with the observation before the step
             "belief": after["belief"],
         }
@@ -180,9 +192,9 @@ def find_checkpoint(name):
 
 
 def take_over_config(cfg, saved):
-    """Gives `cfg` what a checkpoint was trained with.
+    """The configuration that a checkpoint was trained with, and the rest from `cfg`.
 
-    `UserError` if the command line, or the checkpoint, says something else.
+    `UserError` if the command line says something else, or the checkpoint something impossible.
     """
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     wrong = [word for word in given if not word.lstrip("+").startswith(MAY_CHANGE)]
@@ -191,12 +203,11 @@ def take_over_config(cfg, saved):
             f"{', '.join(wrong)}: eval.checkpoint brings its own configuration: leave this out"
         )
     for key in flatten(cfg):
-        if key.startswith(MAY_CHANGE):
-            continue
-        if key not in saved:
-            raise UserError(f"the checkpoint knows no {key}: it comes from another version")
-        set_key(cfg, key, saved[key])
-    check_combinations(cfg)
+        if not key.startswith(MAY_CHANGE):
+            if key not in saved:
+                raise UserError(f"the checkpoint knows no {key}: it comes from another version")
+            set_key(cfg, key, saved[key])
+    return check_values(cfg.model_dump(), "the checkpoint says ")
 
 
 def write_evaluation(cfg, evaluation, path, step):

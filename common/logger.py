@@ -5,7 +5,6 @@ to the byte, however often a run was stopped.
 """
 
 import contextlib
-import json
 import time
 
 import numpy as np
@@ -14,11 +13,25 @@ from tqdm import tqdm
 
 from common.artist import Artist
 from common.dashboard import start_wandb, to_wandb
-from common.files import read_jsonl
+from common.files import COUNTERS, RowFile, read_jsonl
 from common.plots import draw_panel, interpolate_published, published_curve
 from common.video import frames_per_second, write_film
 
 FILES = {"metrics": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
+
+
+def finite_mean(values):
+    """The mean of a metric [n]; updates that overflowed in float16 and were skipped do not count.
+
+    None, which JSON can say, if all of them did.
+    """
+    finite = values.isfinite()
+    return values.mean().item() if finite.all() else mean_of(values[finite])
+
+
+def mean_of(values):
+    """The mean, or None of nothing."""
+    return values.mean().item() if len(values) else None
 
 
 class Logger:
@@ -40,13 +53,11 @@ class Logger:
         self.update_rows, self.episode_rows, self.seconds = [], [], {}  # since the last row
         self.evaluation, self.evaluations, self.last_row = None, 0, 0
         self.estimate_due = device.type == "cpu"
-        self.files = {
-            key: (directory / name).open("ab", buffering=0) for key, name in FILES.items()
-        }
+        self.files = {key: RowFile(directory / name) for key, name in FILES.items()}
         self.published, self.artist = published_curve(cfg.env), Artist()
         self.history = [
             row
-            for row in read_jsonl(directory / FILES["metrics"])
+            for row in read_jsonl(directory / FILES["metrics"], COUNTERS)
             if row["environment_steps"] <= step
         ]
         self.wandb, self.wandb_id = None, saved and saved["wandb_id"]
@@ -65,7 +76,7 @@ class Logger:
 
     def state_dict(self):
         """What has not become a row yet, and how long the files are."""
-        lengths = {key: file.tell() for key, file in self.files.items()}
+        lengths = {key: file.length() for key, file in self.files.items()}
         return {name: getattr(self, name) for name in self.SAVED} | {"lengths": lengths}
 
     def load_state_dict(self, state):
@@ -77,7 +88,8 @@ class Logger:
             for row in self.update_rows
         ]
         for key, length in state["lengths"].items():
-            self.files[key].truncate(length)
+            if not self.files[key].cut(length):
+                self.say(f"{FILES[key]} was shortened: rows are missing, training goes on")
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -133,7 +145,8 @@ class Logger:
             returns, lengths = np.mean(self.episode_rows, 0).tolist()
             metrics |= {"train/return": returns, "train/length": lengths}
         for name in self.update_rows[0] if self.update_rows else ():
-            metrics[name] = torch.stack([row[name] for row in self.update_rows]).mean().item()
+            values = torch.stack([row[name] for row in self.update_rows])
+            metrics[name] = finite_mean(values)
         times = self.times(step)
         counters = {
             "environment_steps": step,
@@ -142,7 +155,7 @@ class Logger:
         }
         for key, row in (("metrics", metrics), ("times", times), ("curves", curves)):
             if row:
-                self.files[key].write((json.dumps(counters | row) + "\n").encode())
+                self.files[key].append(counters | row)
         self.history.append(counters | metrics)
         if self.wandb:
             self.wandb.log(counters | metrics | times | self.drawn_media(), step=step)

@@ -1,6 +1,7 @@
 """OpenGL: which backend renders here, and whether a picture shows anything."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -61,11 +62,16 @@ def select_gl():
 
 
 def prepare_gl(from_pixels):
-    """Chooses OpenGL for pixels; states need none, so none is imported."""
-    if from_pixels:
-        select_gl()
-    elif "dm_control" not in sys.modules:
-        os.environ["MUJOCO_GL"] = "disabled"
+    """Chooses OpenGL for pixels, and imports dm_control; states need none, so none is imported."""
+    if not from_pixels:
+        with no_opengl():
+            importlib.import_module("dm_control.suite")
+        return
+    select_gl()
+    render = sys.modules.get("dm_control._render")
+    if render is not None and render.BACKEND == "off":
+        # An earlier job of this process ran from states, and dm_control chooses only once.
+        importlib.reload(render)
 
 
 def check_picture(image):

@@ -13,12 +13,19 @@ import torch
 from tensordict import TensorDict
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import save_tensors
 from common.opengl import no_opengl
-from common.rows import UNDO, checksum, open_rows
+from common.rows import DROPPED, UNDO, checksum, open_rows
 
 with no_opengl():
     from torchrl.data import ReplayBuffer, SliceSampler, TensorStorage
+
+
+NUMBERS = {  # of transitions
+    "observation": "an observation",
+    ("next", "observation"): "an observation",
+    ("next", "reward"): "a reward",
+}
 
 
 class Replay:
@@ -32,18 +39,20 @@ class Replay:
         action_repeat: environment steps per row.
         device: where batches go.
         seed: of the random numbers that choose batches.
+        learns_ends: whether the model learns when episodes end.
     """
 
-    def __init__(self, cfg, rows, layout, directory, action_repeat, device, seed=0):
-        self.batch_length, self.action_repeat, self.device = (
-            cfg.batch_length,
-            action_repeat,
-            device,
-        )
+    def __init__(
+        self, cfg, rows, layout, directory, action_repeat, device, seed=0, learns_ends=True
+    ):
+        self.batch_length, self.device = cfg.batch_length, device
+        self.action_repeat = action_repeat
         self.rows, self.layout, self.directory = rows, layout, directory
         self.files = open_rows(directory, rows, layout)
-        self.episodes, self.longest = 0, 0
+        self.episodes = 0
         self.table = []  # (first row, rows, checksum) of each episode that is stored
+        self.left_out, self.said = 0, False  # episodes that were too short, and that this is known
+        self.warn_of_ends = not learns_ends
         self.pending = {}  # {environment: rows of its unfinished episode, in pieces}
         self.buffer = ReplayBuffer(
             storage=TensorStorage(self.files),
@@ -81,7 +90,7 @@ class Replay:
                 os.fsync(file.fileno())
         return {
             "episodes": self.episodes,
-            "longest": self.longest,
+            "left_out": self.left_out,
             "table": self.table,
             "stored": len(self.buffer),
             "cursor": self.cursor(),
@@ -97,7 +106,8 @@ class Replay:
         """Takes over what `state_dict` gave; the rows themselves were restored before."""
         grown = self.rows > state["rows"]
         self.set_cursor(state["stored"], state["stored"] if grown else state["cursor"])
-        self.episodes, self.longest = state["episodes"], state["longest"]
+        self.episodes, self.left_out = state["episodes"], state["left_out"]
+        self.said = self.left_out > 0
         self.table, self.generator_state = state["table"], state["generator"]
         self.generator.set_state(self.generator_state)
         self.pending = {
@@ -119,11 +129,12 @@ class Replay:
         """
         ended = []
         for number, steps in enumerate(transitions.reshape(-1, transitions.shape[-1])):
-            if not steps["next", "reward"].isfinite().all():
-                raise UserError(
-                    "the environment gave a reward that is not finite: mend the task;"
-                    " the same command then goes on from the last checkpoint"
-                )
+            for key, what in NUMBERS.items():
+                if not steps[key].isfinite().all():
+                    raise UserError(
+                        f"the environment gave {what} that is not finite: mend the task; the"
+                        " same command then goes on from the last checkpoint"
+                    )
             ends = steps["next", "done"].flatten().nonzero().flatten() + 1
             for piece in steps.tensor_split(ends.tolist()):
                 if len(piece) == 0:
@@ -132,11 +143,33 @@ class Replay:
                     self.pending[number] = [reset_row(piece)]
                 self.pending[number].append(step_rows(piece))
                 if piece["next", "done"].any():
+                    self.check_end(piece["next", "terminated"].any())
                     ended.append(self.add_episode(torch.cat(self.pending.pop(number))))
         return ended
 
+    def check_end(self, terminated):
+        """Says once if episodes truly end and the model takes them to go on for ever."""
+        if terminated and self.warn_of_ends:
+            self.warn_of_ends = False
+            print(
+                "an episode terminated before its time limit: the model does not learn when"
+                " episodes end, optimization.predict_discount=true does"
+            )
+
     def add_episode(self, rows):
-        """Stores the rows [T + 1] of an episode; returns its return and its length."""
+        """Stores the rows [T + 1] of an episode; returns its return and its length.
+
+        One that is shorter than a sequence could never be sampled, and is left out.
+        """
+        count = len(rows)
+        if count < self.batch_length:
+            self.left_out += 1
+        else:
+            self.store(rows)
+        return float(rows["reward"][1:].double().sum()), (count - 1) * self.action_repeat
+
+    def store(self, rows):
+        """Writes the rows of an episode, over the oldest ones if the buffer is full."""
         first, count = self.cursor(), len(rows)
         rows["episode"] = torch.full((count,), self.episodes)
         index = (first + torch.arange(count)) % self.rows
@@ -144,14 +177,23 @@ class Replay:
             self.keep_for_undo(index)
         self.buffer.extend(rows)
         self.table.append((first, count, checksum(rows)))
-        self.episodes, self.longest = self.episodes + 1, max(self.longest, count)
-        return float(rows["reward"][1:].double().sum()), (count - 1) * self.action_repeat
+        self.episodes += 1
+
+    def say_left_out(self):
+        """Says once how many episodes cannot be learned from."""
+        if self.left_out and not self.said:
+            self.said, all_episodes = True, self.left_out + self.episodes
+            print(
+                f"{self.left_out} of {all_episodes} episodes so far"
+                f" ({self.left_out / all_episodes:.0%}) have fewer rows than"
+                f" replay_buffer.batch_length={self.batch_length}: such episodes are not stored, a"
+                " lower one uses them"
+            )
 
     def keep_for_undo(self, index):
         """Copies the rows at `index` aside, which are about to be overwritten."""
         replaced = self.files[index].clone().to_dict() | {"index": index}
-        with atomic_path(self.directory / "undo" / f"{self.episodes:09d}.pt") as aside:
-            torch.save(replaced, aside)
+        save_tensors(self.directory / "undo" / f"{self.episodes:09d}.pt", replaced)
         while self.table and sum(row[1] for row in self.table) + len(index) > self.rows:
             self.table.pop(0)
 
@@ -171,10 +213,11 @@ class Replay:
 
     def sample(self):
         """A batch [B, L] in memory; `UserError` if no episode is that long."""
-        if self.longest < self.batch_length:
+        self.say_left_out()
+        if not any(saved != DROPPED for _, _, saved in self.table):
             raise UserError(
-                f"no episode has replay_buffer.batch_length={self.batch_length} rows (the"
-                f" longest has {self.longest}): lower replay_buffer.batch_length, or"
+                f"no episode has replay_buffer.batch_length={self.batch_length} rows"
+                f" ({self.left_out} were shorter): lower replay_buffer.batch_length, or"
                 " raise collector.random_steps"
             )
         batch = self.buffer.sample().reshape(-1, self.batch_length)

@@ -15,7 +15,7 @@ import torch
 
 from common.config import ROOT
 from common.errors import UserError
-from common.files import atomic_write, read_jsonl
+from common.files import COUNTERS, atomic_write, read_jsonl
 from common.keys import decisive
 
 SHOWN = ("panel.png", "metrics.jsonl", "curves.jsonl", "run.json")
@@ -72,7 +72,7 @@ def run_metadata(cfg, device, precision):
 
 def run_results(directory):
     """Returns, wall time and speed of a run, from its files, however often it was stopped."""
-    times = read_jsonl(directory / "throughput.jsonl")
+    times = read_jsonl(directory / "throughput.jsonl", COUNTERS)
     phases = ("collect", "update", "evaluate")
     spent = {
         phase: sum(row.get(f"throughput/{phase}_seconds", 0) for row in times) for phase in phases
@@ -82,7 +82,7 @@ def run_results(directory):
         updates, steps = times[-1]["updates"], times[-1]["environment_steps"]
         results["updates_per_second"] = round(updates / spent["update"], 3)
         results["environment_steps_per_second"] = round(steps / spent["collect"], 1)
-    rows = read_jsonl(directory / "metrics.jsonl")
+    rows = read_jsonl(directory / "metrics.jsonl", COUNTERS)
     evaluations = [row for row in rows if "eval/return" in row][-5:]
     if evaluations:
         last = evaluations[-1]

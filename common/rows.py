@@ -9,16 +9,25 @@ import numpy as np
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 
+from common.checkpoint import load_tensors
 from common.errors import DamageError, UserError
 
+DROPPED = "dropped"  # in place of the checksum of an episode
+REMEDY = "checkpoint.drop_damaged=true goes on without it"
 UNDO = "[0-9]*.pt"  # not the hidden ones, of a write that was killed
+NAMES = "observation", "action", "reward", "terminated", "episode"  # what a row holds
 
 
 def replay_layout(cfg, observation_shape, action_dim):
     """The number of rows that a run needs, and {name: (shape, dtype)} of one row."""
     steps = min(cfg.replay_buffer.capacity, cfg.collector.total_steps)
-    resets = steps / cfg.env.time_limit
-    rows = math.ceil(steps / cfg.env.action_repeat + resets)
+    agent_steps = steps / cfg.env.action_repeat
+    # Each episode has one row more than steps. Control Suite tasks end at the time limit; others
+    # may end earlier, and those shorter than a sequence are not stored.
+    shortest = cfg.env.time_limit // cfg.env.action_repeat
+    if cfg.env.backend != "dm_control":
+        shortest = min(shortest, cfg.replay_buffer.batch_length - 1)
+    rows = math.ceil(agent_steps + agent_steps / shortest)
     return rows, {
         "observation": (
             tuple(observation_shape),
@@ -79,21 +88,60 @@ def checksum(rows):
     return value
 
 
-def restore_rows(directory, state):
+def restore_rows(directory, state, drop_damaged=False):
     """Takes the files back to what they were when `state` was saved, and checks every episode.
 
     Args:
         state: of `Replay.state_dict`.
+        drop_damaged: a damaged episode is taken out of `state`, and said, in place of an error.
     Raises:
-        DamageError: an episode is not what was saved. What is older can still be restored.
+        DamageError: an episode is not what was saved. The files are as before: what is older can
+            still be restored.
     """
-    files = open_rows(directory, state["rows"], state["layout"])
+    if set(state["layout"]) != set(NAMES):  # they become names of files
+        raise DamageError("its layout is not ours")
+    files, replaced = open_rows(directory, state["rows"], state["layout"]), []
+    try:
+        for index, rows in overwritten_rows(directory, state["episodes"], drop_damaged):
+            replaced.append((index, files[index].clone()))
+            files[index] = rows
+        check_episodes(files, directory, state, drop_damaged)
+    except Exception:  # a newer checkpoint may need the rows as they were
+        for index, rows in reversed(replaced):
+            files[index] = rows
+        raise
+
+
+def overwritten_rows(directory, episodes, drop_damaged):
+    """Yields index and rows of what a full buffer overwrote after `episodes`, the newest first.
+
+    Those that are damaged are an error, or left out: their episodes then have another checksum.
+    """
     for path in sorted((directory / "undo").glob(UNDO), reverse=True):
-        if int(path.stem) >= state["episodes"]:
-            rows = torch.load(path)
-            index = rows.pop("index")
-            files[index] = TensorDict(rows, [len(index)])
+        if int(path.stem) < episodes:
+            continue
+        try:
+            rows = load_tensors(path)
+        except DamageError as error:
+            if not drop_damaged:
+                raise DamageError(f"{path}: {error}; {REMEDY}") from None
+            print(f"{path} is damaged ({error}): dropped")
+            continue
+        index = rows.pop("index")
+        yield index, TensorDict(rows, [len(index)])
+
+
+def check_episodes(files, directory, state, drop_damaged):
+    """Compares every episode with its checksum; see `restore_rows`."""
     oldest = state["episodes"] - len(state["table"])
-    for episode, (first, count, saved) in enumerate(state["table"], oldest):
-        if checksum(files[(first + torch.arange(count)) % state["rows"]]) != saved:
-            raise DamageError(f"{directory}: episode {episode} is damaged or missing")
+    for number, (first, count, saved) in enumerate(state["table"]):
+        index = (first + torch.arange(count)) % state["rows"]
+        if saved == DROPPED or checksum(files[index]) == saved:
+            continue
+        episode = f"episode {oldest + number} in {directory} is damaged or missing"
+        if not drop_damaged:
+            raise DamageError(f"{episode}; {REMEDY}")
+        # Rows that are an episode each are too short to be sampled.
+        files["episode"][index] = -1 - index
+        state["table"][number] = (first, count, DROPPED)
+        print(f"{episode}: dropped; the results are no longer the same to the bit")

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import checkpoint_paths, newest_whole_checkpoint, save_checkpoint
+from common.checkpoint import (
+    DAMAGE,
+    checkpoint_paths,
+    load_random_state,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from common.directory import RunDirectory
-from common.errors import DamageError, UserError
-from common.files import atomic_path
+from common.episodes import resumed_episodes
+from common.errors import DamageError, UserError, first_line
+from common.files import save_tensors
 from common.keys import flatten
 from common.opengl import no_opengl
 from common.report import run_summary, write_run_card
@@ -17,6 +24,9 @@ from common.signals import StopSignals
 
 with no_opengl():
     from torchrl.checkpoint import GlobalRNGState
+
+
+NEEDED = {"progress", "collector", "replay", "logger", "random"}  # before the first part is built
 
 
 class Run:
@@ -45,24 +55,34 @@ class Run:
             if self.directory.find_run():
                 paths = checkpoint_paths(self.path / "checkpoints")
                 _, _, self.saved = newest_whole_checkpoint(paths, self.check_states)
-                self.load_state_dict(self.saved["progress"])
         except BaseException:
             self.directory.unlock()
             raise
         return self
 
     def check_states(self, states):
-        """Restores the rows of the replay that a checkpoint was saved with, and checks them."""
-        if "replay" not in states or "progress" not in states:
-            raise UserError(
-                f"the run in {self.path} was made by an earlier version of this code, which keeps"
-                " its state in another way: go on with that version (git_revision in"
-                f" {self.path / 'run.json'}), or choose another name=..."
-            )
+        """Takes over progress and rows of the replay of a checkpoint, if all is sound."""
+        if missing := NEEDED - states.keys():
+            raise self.other_version(f"there is no {min(missing)}")
         try:
-            restore_rows(self.path / "replay", states["replay"])
-        except (OSError, KeyError, RuntimeError) as error:
-            raise DamageError(f"its replay cannot be read: {error}") from None
+            self.load_state_dict(states["progress"])
+            resumed_episodes(0, self.cfg.env.n_parallel_envs, states["collector"])
+            if not isinstance(states["logger"]["wandb_id"], str | None):
+                raise DamageError("the dashboard's run has no name")
+            drop = self.cfg.checkpoint.drop_damaged
+            restore_rows(self.path / "replay", states["replay"], drop)
+        except DamageError:
+            raise
+        except DAMAGE as error:
+            raise DamageError(f"its states cannot be read: {first_line(error)}") from None
+
+    def other_version(self, reason):
+        """The `UserError` for states that are whole, but not those of this code."""
+        return UserError(
+            f"the run in {self.path} was made by an earlier version of this code, which keeps"
+            f" its state in another way ({reason}): go on with that version (git_revision in"
+            f" {self.path / 'run.json'}), or choose another name=..."
+        )
 
     # From the first part to the last
 
@@ -75,7 +95,7 @@ class Run:
         """
         self.metadata, self.parts = metadata, parts | {"progress": self}
         for name, part in self.parts.items() if self.saved else ():
-            part.load_state_dict(self.saved[name])
+            self.restore(name, part.load_state_dict)
         if not self.saved:
             self.save()
             self.directory.write_config()
@@ -86,9 +106,16 @@ class Run:
         )
         self.write_card("running")
         if self.saved:  # last, so that nothing above has drawn from them
-            GlobalRNGState().load_state_dict(self.saved["random"])
+            self.restore("random", load_random_state)
         self.saved = {}
         self.signals.listen()
+
+    def restore(self, name, load):
+        """Calls `load` with the saved state of a part."""
+        try:
+            load(self.saved[name])
+        except DAMAGE as error:
+            raise self.other_version(f"{name}: {first_line(error)}") from error
 
     def __exit__(self, kind, error, trace):
         """Prints the summary; after a signal, the process ends here."""
@@ -112,8 +139,10 @@ class Run:
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in self.state_dict():
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise DamageError(f"it says {name}={state[name]}")
+            setattr(self, name, state[name])
 
     def crossed(self, every):
         """Whether the last interaction passed a multiple of `every` environment steps."""
@@ -180,10 +209,13 @@ class Run:
             return
         name = next(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
         path = self.path / f"not_finite_{update}.pt"
-        with atomic_path(path) as aside:
-            torch.save({"batch": batch.cpu().to_dict(), "metrics": metrics}, aside)
+        batch_is = f"is in {path}"
+        try:
+            save_tensors(path, {"batch": batch.cpu().to_dict(), "metrics": metrics})
+        except OSError as error:  # a full disk must not hide what went wrong first
+            batch_is = f"could not be kept ({error.strerror})"
         raise UserError(
-            f"{name} is not finite in update {update}: its batch is in {path}, the"
+            f"{name} is not finite in update {update}: its batch {batch_is}, the"
             f" last finite weights are in {self.path / 'checkpoints'}; lower the"
             " learning rates, or use optimization.autocast=false"
         )

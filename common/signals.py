@@ -3,8 +3,39 @@
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+)
+
+
+def end_at_once_on_ctrl_c():
+    """Until there is something to save, Ctrl-C ends the process at once, without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ignore_stop_signals():
+    """For workers: clusters signal the whole group, and only the process that saves may act."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def shield_resource_tracker():
+    """Starts multiprocessing's helper where stop signals do not reach it.
+
+    By itself it ignores Ctrl-C and SIGTERM only. What a process blocks stays blocked in those that
+    it starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignals:
@@ -21,7 +52,8 @@ class StopSignals:
         """Takes the signals over; only the main thread may."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self.handlers[number] = signal.signal(number, self.handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self.handlers[number] = signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         """Says what happens next."""

@@ -6,6 +6,7 @@ an orange one that it predicts.
 
 import torch
 
+from common.errors import UserError
 from common.files import atomic_path
 
 CONTEXT = 5  # rows that the model has seen before it is left alone
@@ -78,9 +79,22 @@ def open_loop_frames(episode, predicted, first):
 
 def write_film(path, make_frames, fps):
     """Writes the frames that `make_frames()` gives as an mp4, complete or not at all."""
-    from moviepy import ImageSequenceClip
+    from imageio_ffmpeg import count_frames_and_secs
+    from moviepy import VideoClip
 
     frames = make_frames()
+    # Half a frame longer: its own sequences of images drop or repeat one where times are rounded.
+    seconds = (len(frames) + 0.5) / fps
+    film = VideoClip(lambda time: frames[round(time * fps)].numpy(), duration=seconds)
     with atomic_path(path) as aside:
-        film = ImageSequenceClip(list(frames.numpy()), fps=fps)
-        film.write_videofile(str(aside), codec="libx264", logger=None)
+        try:
+            film.write_videofile(str(aside), fps=fps, codec="libx264", logger=None)
+            written, _ = count_frames_and_secs(str(aside))  # an encoder may fail without a word
+            reason = f"{written} of {len(frames)} frames are there"
+        except (OSError, RuntimeError) as error:
+            written, reason = 0, str(error).splitlines()[0]
+        if abs(written - len(frames)) > 1:  # at odd rates the encoder repeats or drops one
+            raise UserError(
+                f"{path} could not be written ({reason}): see that its disk has space, or leave"
+                " films out"
+            )

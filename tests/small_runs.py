@@ -1,13 +1,13 @@
 """Runs of the real training loop that take seconds: short episodes, small networks."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from hydra import compose, initialize
 
 import dreamer
 import dreamer_utils as utils
+from common.files import read_jsonl
 
 ROOT = Path(dreamer.__file__).parent
 SMALL = """
@@ -36,5 +36,4 @@ def small(run_dir, *overrides):
     digest = hashlib.sha256()
     for parameter in agent.state_dict().values():
         digest.update(parameter.contiguous().cpu().numpy().tobytes())
-    rows = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return digest.hexdigest(), [json.loads(row) for row in rows]
+    return digest.hexdigest(), read_jsonl(Path(run_dir) / "metrics.jsonl")

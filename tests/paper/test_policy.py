@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 import dreamer
 import dreamer_utils as utils
@@ -93,3 +94,39 @@ def test_the_memory_travels_with_the_environment(n_envs):
         carried, made = seen[now][:, 1:][same_episode], seen[before][:, :-1][same_episode]
         assert torch.equal(carried, made), f"{now} is lost on the way"
         assert (carried != 0).any()
+
+
+def captured_policy(n, **settings):
+    """A policy for n environments, and a list that gets the noise of each of its steps."""
+    agent = dreamer.make_agent(configure(*SMALL), (5,), 3)
+    seen = []
+
+    def policy_fn(agent, observation, action, state, belief, noise):
+        seen.append(noise)
+        return action, state, belief
+
+    policy = utils.Policy(agent, policy_fn, **settings)
+    inputs = {"observation": torch.zeros(n, 5), "previous_action": torch.zeros(n, 3)}
+    initial = dict(zip(("state", "belief"), agent.world_model.initial(n), strict=True))
+    return policy, TensorDict(inputs | initial, [n]), seen
+
+
+def test_all_noise_of_acting_is_standard_normal():
+    """Also the exploration noise: uniform noise of the same spread never leaves +-1.74."""
+    policy, steps, seen = captured_policy(20_000)
+    policy(steps)
+    assert set(seen[0]) == {"prior", "posterior", "action", "exploration"}
+    for name, noise in seen[0].items():
+        assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03, name
+        for limit, share in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):
+            assert (noise.abs() > limit).float().mean() == pytest.approx(share, rel=0.15), name
+
+
+def test_seed_actions_are_uniform_from_minus_one_to_one():
+    policy, steps, _ = captured_policy(20_000)
+    policy.random_steps = 20_000
+    action = policy(steps)["action"]
+    assert policy.random_steps == 0
+    shares = action.flatten().histc(8, -1, 1) / action.numel()
+    assert shares.sum() == pytest.approx(1) and (shares - 1 / 8).abs().max() < 0.01
+    assert (policy(steps)["action"] == 0).all(), "the agent acts after the seed episodes"

@@ -152,6 +152,8 @@ def test_every_line_of_the_configuration_has_a_comment():
         ("seed=null", "seed=null: it should be a valid integer"),
         ("seed=abc", "seed=abc: it should be a valid integer"),
         ("seed=1.5", "seed=1.5: it should be a valid integer"),
+        ("seed=true", "seed=True: it should be a number"),
+        ("optimization.gamma=true", "optimization.gamma=True: it should be a number"),
         ("name=null", "name=null: it should be a valid string"),
         ("env.from_pixels=maybe", "env.from_pixels=maybe: it should be a valid boolean"),
         ("optimization.gamma=high", "optimization.gamma=high: it should be a valid number"),

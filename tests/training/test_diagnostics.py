@@ -71,6 +71,7 @@ def constructed(mean=0.3, std=1e-5, reward_bias=0.0, value_offset=0.0, drift=0.0
         "reward": s[1:, 0],
         "state": s[:-1],
         "belief": torch.zeros(STEPS, 1),
+        "terminated": torch.tensor(False),
     }
     return agent, episode, agent.action
 
@@ -118,6 +119,33 @@ def test_a_value_that_is_off_by_c_shows_c(offset):
     metrics, curves, _ = diagnosed(value_offset=offset)
     assert metrics["behavior/value_bias"] == pytest.approx(offset, abs=1e-2)
     assert len(curves["value_above_target"]) == STEPS - 2
+
+
+@pytest.mark.parametrize("length, offset", [(5, 0.0), (5, 3.0), (60, -2.0)])
+def test_after_a_true_end_nothing_is_worth_anything(length, offset):
+    """A reward of 1 a step, then the end: the true values, and those that are off by c."""
+    left = torch.arange(length, 0, -1.0)  # rewards still to come at s_1 .. s_T
+    true = (1 - GAMMA**left) / (1 - GAMMA)
+    values = true[:-1] + offset
+    value = torch.cat([values, torch.ones(1)])[None]  # the last state is worth its reward
+    above, bias = DIAGNOSTICS.value_bias(torch.ones(1, length), value, GAMMA, LAMBDA, ended=True)
+    assert bias == pytest.approx(offset, abs=1e-3) and above.shape == (1, length - 1)
+
+
+def test_a_critic_that_says_0_of_short_episodes_is_off_by_what_they_are_worth():
+    """It was -1 / (1 - gamma), the value of a task without an end."""
+    agent, episode, _ = constructed()
+    agent.value = lambda state, belief: torch.zeros_like(state)
+    short = {name: value[:6] for name, value in episode.items() if name != "terminated"}
+    short |= {name: short[name][:5] for name in ("action", "state", "belief")}
+    short |= {"reward": torch.ones(5), "terminated": torch.tensor(True)}
+    metrics, curves, _, _ = DIAGNOSTICS.diagnose(agent, short, HP)
+    assert -5 < metrics["behavior/value_bias"] < -1
+    assert len(curves["value"]) == len(curves["value_above_target"]) + 1 == 5
+    without_end, _, _, _ = DIAGNOSTICS.diagnose(
+        agent, short | {"terminated": torch.tensor(False)}, HP
+    )
+    assert without_end["behavior/value_bias"] == pytest.approx(-1 / (1 - GAMMA), abs=1e-3)
 
 
 def test_every_action_leads_to_its_own_row():

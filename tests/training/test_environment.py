@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from dm_control.rl.control import Environment
 from torchrl.envs import check_env_specs
 
 import dreamer_utils as utils
 from common import opengl
 from common.episodes import EpisodeSeeds
 from common.errors import UserError
+from common.run import Run
 from small_runs import ROOT, configure, small
 
 
@@ -163,3 +165,32 @@ def test_parallel_copies_keep_the_ratio_of_updates_to_steps(tmp_path):
     _, rows = small(tmp_path / "run", *flags)
     assert rows[-1]["environment_steps"] == 320
     assert rows[-1]["updates"] == 2 + int((320 - 160) * 0.025)
+
+
+@pytest.mark.parametrize("repeat", [2, 4])
+def test_environment_steps_are_those_of_the_simulator(tmp_path, monkeypatch, repeat):
+    """Action repeat is counted, in the counter, in the rows and in the length of an episode."""
+    counted, original = [], Environment.step
+
+    def step(self, action):
+        time_step = original(self, action)
+        if not time_step.first():  # which a step after an episode's last one gives
+            counted.append(id(self))
+        return time_step
+
+    monkeypatch.setattr(Environment, "step", step)
+    monkeypatch.setattr(Run, "start", forgetting(counted, Run.start))
+    _, rows = small(tmp_path / "run", f"env.action_repeat={repeat}", "eval.every=0")
+    assert len(counted) == rows[-1]["environment_steps"] == 240
+    assert rows[-1]["agent_steps"] == 240 // repeat
+    assert rows[-1]["train/length"] == 40
+
+
+def forgetting(counted, start):
+    """`start`, which first forgets the steps that TorchRL took to look at the environment."""
+
+    def forget_and_start(*args, **kwargs):
+        counted.clear()
+        return start(*args, **kwargs)
+
+    return forget_and_start

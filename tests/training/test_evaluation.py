@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint: what training saw, more episodes, films, dreams from any step."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from dm_control.rl.control import Environment
 from matplotlib.image import imread
 
 import dreamer
@@ -15,7 +18,7 @@ import dreamer_utils as utils
 from common.errors import UserError
 from common.evaluation import find_checkpoint
 from common.video import DREAMED, SEEN
-from small_runs import ROOT, configure
+from small_runs import ROOT, SMALL, configure
 from watched_run import frames_of
 
 
@@ -115,3 +118,49 @@ def test_a_damaged_checkpoint_is_not_evaluated(watched, tmp_path):
     damaged.write_bytes(whole.read_bytes()[:-7])
     with pytest.raises(UserError, match="can be loaded"):
         evaluate(damaged)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """(result, rewards, choices) of two episodes that a fresh agent plays.
+
+    `rewards` are those of the simulator's steps, `choices` are (noise, action) of `mode_action`,
+    first of the episodes, then of the dreams.
+    """
+    rewards, choices = [], []
+    original_step, original_choice = Environment.step, dreamer.mode_action
+
+    def step(self, action):
+        time_step = original_step(self, action)
+        rewards.append(time_step.reward)
+        return time_step
+
+    def mode_action(mean, std, noise):
+        choices.append((noise, original_choice(mean, std, noise)))
+        return choices[-1][1]
+
+    monkeypatch.setattr(dreamer, "mode_action", mode_action)
+    cfg = configure(*SMALL, "eval.episodes=2", "env.task=swingup")
+    agent = dreamer.make_agent(cfg, (5,), 1)
+    with contextlib.closing(dreamer.make_evaluation(cfg, agent)) as evaluation:
+        monkeypatch.setattr(Environment, "step", step)
+        yield evaluation(80), rewards, choices
+
+
+def test_every_action_of_an_evaluation_is_the_densest_of_a_hundred(spied):
+    """Without exploration noise."""
+    result, _, choices = spied
+    actions = torch.cat([episode["action"] for episode in result.episodes])
+    assert len(actions) == 40
+    for action, (noise, chosen) in zip(actions, choices[:40], strict=True):
+        assert noise.shape == (100, 1, 1)
+        assert torch.equal(action, chosen[0])
+
+
+def test_an_evaluation_return_counts_every_step_of_the_episode(spied):
+    result, rewards, _ = spied
+    assert len(rewards) == 80 and result.metrics["eval/length"] == 40
+    first, second = sum(rewards[:40]), sum(rewards[40:])
+    assert rewards[39] > 0, "the last step must count for something"
+    assert result.curves["return"] == pytest.approx([first, second], rel=1e-5)
+    assert result.metrics["eval/return"] == pytest.approx((first + second) / 2, rel=1e-5)

@@ -47,6 +47,49 @@ def test_reduced_precision_stays_close_and_losses_are_float32(dtype, bound):
         assert value.dtype == torch.float32, name
 
 
+def exact(value):
+    """Whether float32 numbers would change if they were rounded to bfloat16: they never were."""
+    return value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float())
+
+
+def test_image_targets_and_the_reconstruction_loss_are_never_rounded(monkeypatch):
+    seen, original = [], dreamer.log_normal
+
+    def log_normal(target, mean, event_dims=0):
+        seen.append((target, mean, event_dims, original(target, mean, event_dims)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(dreamer, "log_normal", log_normal)
+    torch.manual_seed(0)
+    one_update(torch.bfloat16)
+    target, mean, event_dims, log_prob = next(call for call in seen if call[2] == 3)
+    assert target.shape == (2, 4, 3, 64, 64) and exact(target) and mean.dtype == torch.float32
+    levels = (target + 0.5) * 255
+    assert (levels - levels.round()).abs().max() < 1e-4
+    wanted = -0.5 * (target.double() - mean.double()).square().flatten(2).sum(2)
+    wanted -= 3 * 64 * 64 / 2 * math.log(2 * math.pi)
+    assert exact(log_prob)
+    torch.testing.assert_close(log_prob.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_gru_and_the_belief_are_never_rounded(monkeypatch):
+    steps, forward = [], torch.nn.GRUCell.forward
+
+    def spy(self, inputs, belief):
+        steps.append((self, inputs, belief, forward(self, inputs, belief)))
+        return steps[-1][-1]
+
+    monkeypatch.setattr(torch.nn.GRUCell, "forward", spy)
+    one_update(torch.bfloat16)
+    monkeypatch.undo()
+    assert len(steps) == 4 + 4  # of a sequence, and of a dream
+    for number, (cell, inputs, belief, after) in enumerate(steps):
+        assert exact(after) and belief.dtype == inputs.dtype == torch.float32
+        torch.testing.assert_close(cell(inputs, belief), after, rtol=1e-6, atol=1e-7)
+        if number in (1, 2, 3, 5, 6, 7):
+            assert torch.equal(belief, steps[number - 1][-1]), "rounded on its way"
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_training_runs_in(tmp_path, name):
     _, rows = small(tmp_path / "run", f"optimization.autocast={name}")

@@ -95,7 +95,7 @@ def test_only_a_true_end_is_marked(replay):
 
 def test_episodes_shorter_than_a_sequence_are_a_clear_message(replay):
     replay.extend(transitions(3))
-    with pytest.raises(UserError, match="no episode has .*batch_length=5 rows .*has 4"):
+    with pytest.raises(UserError, match="no episode has .*batch_length=5 rows .1 were shorter"):
         replay.sample()
 
 
@@ -105,6 +105,32 @@ def test_the_oldest_rows_are_overwritten(tmp_path):
         replay.extend(transitions(9, first=first))
     seen = torch.cat([replay.sample()["observation"].squeeze(-1) for _ in range(5)])
     assert (seen.diff(dim=1) == 1).all() and seen.min() >= 100 and (seen >= 300).any()
+
+
+def test_what_is_left_of_an_overwritten_episode_is_not_sampled(tmp_path):
+    """Two of its ten rows are still there: less than a sequence."""
+    replay = Replay(CFG, 30, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"))
+    for first in (0, 100, 200):
+        replay.extend(transitions(9, first=first))
+    replay.extend(transitions(7, first=300))
+    for _ in range(5):
+        batch = replay.sample()
+        assert batch.shape == (40, 5)
+        seen = batch["observation"].squeeze(-1)
+        assert (seen.diff(dim=1) == 1).all() and seen.min() >= 100 and (seen >= 300).any()
+    replay.close()
+
+
+def test_a_task_that_ends_is_told_of_once_if_the_model_does_not_learn_it(tmp_path, capsys):
+    args = CFG, 1000, LAYOUT, tmp_path / "replay", 2, torch.device("cpu"), 0
+    for learns_ends, times in ((False, 1), (True, 0)):
+        replay = Replay(*args, learns_ends)
+        replay.extend(transitions(9))
+        assert capsys.readouterr().out == ""
+        for _ in range(3):
+            replay.extend(transitions(9, end="terminated"))
+        assert capsys.readouterr().out.count("optimization.predict_discount=true") == times
+        replay.close()
 
 
 def test_a_step_takes_at_most_12_6_kilobytes(tmp_path):

@@ -1,10 +1,11 @@
 """Films and frames: what they show, and that they change nothing."""
 
 import numpy as np
+import pytest
 import torch
 
 import common.logger
-from common.video import DREAMED, SEEN, open_loop_frames
+from common.video import DREAMED, SEEN, open_loop_frames, write_film
 from small_runs import small
 from watched_run import PIXELS, frames_of
 
@@ -31,6 +32,17 @@ def test_the_evaluation_film_shows_the_episode(watched):
     film = frames_of(watched[0] / "videos" / "evaluation_1_000000240.mp4")
     assert film.shape == (21, 256, 256, 3)
     assert film.std() > 5
+
+
+@pytest.mark.parametrize("fps", [10, 20])
+def test_a_film_has_every_frame_once(tmp_path, fps):
+    """Some lengths lost their last frame, where a time was rounded."""
+    shades = torch.arange(61).mul(4).byte()[:, None, None, None].expand(61, 32, 32, 3)
+    for length in (21, 60):
+        write_film(tmp_path / "film.mp4", lambda length=length: shades[:length], fps)
+        film = frames_of(tmp_path / "film.mp4").mean((1, 2, 3))
+        assert len(film) == length
+        assert np.abs(film - 4 * np.arange(length)).max() < 2
 
 
 def test_the_dream_stands_beside_the_real_episode(watched):

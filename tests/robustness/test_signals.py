@@ -1,0 +1,133 @@
+"""Signals: whoever gets them and whenever they come, a run saves or ends, and nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dreamer_utils as utils
+from common.episodes import ResumableCollector
+from fingerprint import fingerprint
+from small_runs import ROOT, SMALL, configure, small
+
+TWO = [
+    "env.n_parallel_envs=2",
+    "collector.random_steps=160",
+    "collector.total_steps=640",
+    "checkpoint.every=80",
+    "logger.mode=offline",
+]
+
+
+def group_of(leader):
+    """{process: its state} of all processes in the group of `leader` that are not zombies."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()
+            except OSError:  # it has just ended
+                continue
+            if int(stat[2]) == leader and stat[0] != "Z":
+                found[int(entry)] = stat[0]
+    return found
+
+
+def wait_for(condition, seconds=120):
+    """Waits until `condition()` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def start(run_dir, *overrides):
+    """`python dreamer.py` without a terminal, at the head of a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "dreamer.py", *SMALL, f"run_dir={run_dir}", *overrides],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_copies(tmp_path_factory):
+    """The fingerprint of the run of two copies, undisturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    small(run, *TWO, f"name={configure(*SMALL).name}")
+    return fingerprint(run)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGHUP", "SIGQUIT"])
+def test_a_signal_to_the_whole_group_saves_with_several_copies(tmp_path, two_copies, name):
+    """Clusters signal the group: workers and the dashboard's processes get it too."""
+    number = signal.Signals[name]
+    process = start(tmp_path / "run", *TWO)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or rows.exists() and "updates" in rows.read_text())
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "the same command goes on" in said and "Traceback" not in said
+    wait_for(lambda: not group_of(process.pid), 10)
+    saved = max((tmp_path / "run" / "checkpoints").iterdir()).name
+    assert saved < "checkpoint-000000000640", "the signal came too late to prove anything"
+    small(tmp_path / "run", *TWO, f"name={configure(*SMALL).name}")
+    assert fingerprint(tmp_path / "run") == two_copies
+
+
+def test_a_stopped_worker_ends_in_a_sentence_and_not_in_a_hang(tmp_path, monkeypatch):
+    """Within `ANSWER_SECONDS`, while TorchRL alone would wait for hours."""
+    assert utils.ANSWER_SECONDS <= 600
+    monkeypatch.setattr(utils, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(utils, "SHUTDOWN_SECONDS", 0.5)
+    original, workers = ResumableCollector.collect, []
+
+    def collect(self):
+        if self.episodes[0] == 2 and not workers:
+            workers.extend(self.collector.env.base_env._workers)
+            os.kill(workers[0].pid, signal.SIGSTOP)
+        return original(self)
+
+    monkeypatch.setattr(ResumableCollector, "collect", collect)
+    start = time.monotonic()
+    with pytest.raises(utils.UserError) as caught:
+        small(tmp_path / "run", *TWO, "logger.mode=disabled")
+    assert time.monotonic() - start < 60
+    assert "acting in the environment failed (" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert workers and not any(worker.is_alive() for worker in workers)
+
+
+def test_several_copies_leave_the_signals_to_the_run(tmp_path):
+    """TorchRL builds a worker's task in this process too, to look at its specs."""
+    before = signal.getsignal(signal.SIGTERM)
+    utils.close_env(utils.make_env(configure(*SMALL, *TWO)))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_ctrl_c_in_the_first_seconds_ends_at_once_and_silently(tmp_path, copies):
+    """Ten moments, from the interpreter's start to the first updates."""
+    flags = f"env.n_parallel_envs={copies}", "collector.random_steps=160"
+    said = []
+    for number in range(5):
+        process = start(tmp_path / f"run{number}", *flags, "optimization.pretrain=100000")
+        time.sleep(0.3 + (number + copies / 2) * 2.2)
+        os.killpg(process.pid, signal.SIGINT)
+        begin = time.monotonic()
+        output, error = process.communicate(timeout=60)
+        said.append((process.returncode, time.monotonic() - begin, output + error))
+        wait_for(lambda leader=process.pid: not group_of(leader), 10)
+    for code, seconds, words in said:
+        assert code in (130, -signal.SIGINT), words
+        assert "Traceback" not in words and "Error" not in words, words
+        assert seconds < 5, words
