@@ -5,6 +5,7 @@ Networks, optimizers and the policy are here. Each chore behind `make_env`, `mak
 """
 
 import contextlib
+import functools
 import math
 import random
 
@@ -24,7 +25,7 @@ from common.device import (
 )
 from common.diagnostics import Diagnostics
 from common.doctor import Doctor
-from common.envs import WorkerTask, make_task, quiet_libraries
+from common.envs import make_task, quiet_libraries
 from common.episodes import (
     EVALUATION,
     EpisodeSeeds,
@@ -43,7 +44,7 @@ from common.replay import Replay
 from common.report import check_versions, run_metadata
 from common.rows import replay_layout
 from common.run import Run
-from common.signals import shield_resource_tracker
+from common.signals import children_without_signals
 
 with no_opengl():
     import torchrl
@@ -381,8 +382,7 @@ def build_env(cfg, seeds, memory=None):
     if len(seeds) == 1:
         env = make_task(cfg.env, seeds[0])
     else:
-        shield_resource_tracker()
-        workers = [WorkerTask(cfg.env, each) for each in seeds]
+        workers = [functools.partial(make_task, cfg.env, each) for each in seeds]
         # TorchRL has no argument for it. Workers keep theirs: updates in between may take hours.
         torchrl._utils.BATCHED_PIPE_TIMEOUT = ANSWER_SECONDS
         # By itself it would take threads away from training.
@@ -390,6 +390,8 @@ def build_env(cfg, seeds, memory=None):
         env = envs.ParallelEnv(
             len(workers), workers, num_threads=threads, shutdown_timeout=SHUTDOWN_SECONDS
         )
+        with children_without_signals():
+            env.start()
         env = envs.TransformedEnv(env)
     sizes = {
         "state": cfg.networks.state_dim,

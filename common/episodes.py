@@ -67,7 +67,10 @@ class ResumedMemory(envs.Transform):
 
 def workers_of(env):
     """The processes of several copies that are still known; TorchRL has no public way to them."""
-    workers = getattr(getattr(env, "base_env", None), "_workers", [])
+    try:
+        workers = env.base_env._workers
+    except (AttributeError, RuntimeError):  # a single copy, or one that is closed
+        return []
     return [worker for worker in workers if not worker._closed]
 
 
@@ -82,6 +85,7 @@ class ResumableCollector:
 
     def __init__(self, collector, n_envs, from_pixels):
         self.collector, self.phases = collector, iter(collector)
+        self.workers = workers_of(collector.env)
         self.picture_unchecked = from_pixels
         self.episodes = [0] * n_envs  # finished
         self.actions = [[] for _ in range(n_envs)]  # of the unfinished one, pieces [t, A]
@@ -94,8 +98,8 @@ class ResumableCollector:
                 transitions = next(self.phases)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            for number, worker in enumerate(workers_of(self.collector.env)):
-                if worker.exitcode:
+            for number, worker in enumerate(self.workers):
+                if not worker._closed and worker.exitcode:
                     reason = f"copy {number} ended with exit code {worker.exitcode}"
             raise UserError(
                 f"acting in the environment failed ({reason}); the same command goes on from the"

@@ -1,9 +1,9 @@
 """Signals that ask a run to stop: it saves after the current update, and ends."""
 
+import contextlib
 import os
 import signal
 import threading
-from multiprocessing import resource_tracker
 
 STOP_SIGNALS = (
     signal.SIGINT,
@@ -19,23 +19,22 @@ def end_at_once_on_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def ignore_stop_signals():
-    """For workers: clusters signal the whole group, and only the process that saves may act."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def children_without_signals():
+    """No stop signal ever reaches the processes that are started inside.
 
-
-def shield_resource_tracker():
-    """Starts multiprocessing's helper where stop signals do not reach it.
-
-    By itself it ignores Ctrl-C and SIGTERM only. What a process blocks stays blocked in those that
-    it starts.
+    Clusters signal the whole group, and only the process that saves may act. What a thread blocks
+    stays blocked in the processes that it starts, from their first instruction on. A second thread
+    takes the signals meanwhile, so that this process still ends at once.
     """
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
 
 
 class StopSignals:
