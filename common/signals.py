@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 
 STOP_SIGNALS = (
     signal.SIGINT,
@@ -31,6 +32,8 @@ def children_without_signals():
     threading.Thread(target=done.wait, daemon=True).start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()  # the first of them; it unblocks two signals again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

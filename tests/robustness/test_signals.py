@@ -114,6 +114,35 @@ def test_several_copies_leave_the_signals_to_the_run(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+BLOCKED = """
+import re
+import signal
+import dreamer_utils as utils
+from common.signals import STOP_SIGNALS
+from multiprocessing import resource_tracker
+from small_runs import SMALL, configure
+
+if __name__ == "__main__":
+    env = utils.make_env(configure(*SMALL, "env.n_parallel_envs=2", "collector.random_steps=160"))
+    children = [worker.pid for worker in utils.workers_of(env)]
+    for pid in [*children, resource_tracker._resource_tracker._pid]:
+        masks = re.findall("Sig(?:Blk|Ign):.(.*)", open(f"/proc/{pid}/status").read())
+        unheard = int(masks[0], 16) | int(masks[1], 16)
+        print(all(unheard >> number - 1 & 1 for number in STOP_SIGNALS))
+    print(not signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    utils.close_env(env)
+"""
+
+
+def test_no_stop_signal_reaches_a_child_and_all_reach_the_run(tmp_path):
+    """In a fresh process: multiprocessing's own helper unblocks some when it starts."""
+    script = tmp_path / "blocked.py"
+    script.write_text(BLOCKED)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["True"] * 4, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_ctrl_c_in_the_first_seconds_ends_at_once_and_silently(tmp_path, copies):
     """Ten moments, from the interpreter's start to the first updates."""
