@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run side by side: more threads would only fight
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,6 @@ def deterministic():
     """The same random numbers for every test, whatever ran before it."""
     torch.manual_seed(0)
     np.random.seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_threads():
-    """The networks are tiny: more threads only slow them down."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
