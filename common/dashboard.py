@@ -22,8 +22,21 @@ def check_wandb(cfg):
         raise UserError(
             "wandb is not installed: pip install wandb, or use logger.mode=disabled"
         ) from None
-    if cfg.logger.mode == "online" and not wandb.api.api_key:
+    try:
+        has_key = cfg.logger.mode != "online" or bool(wandb.api.api_key)
+    except ValueError as error:
+        raise odd_settings(error) from None
+    if not has_key:
         raise UserError(f"logger.mode=online needs an API key: run `wandb login`, {WITHOUT_WANDB}")
+
+
+def odd_settings(error):
+    """The `UserError` for what wandb's variables say, an address that is none for example."""
+    reason = " ".join(str(error).split("[")[0].split()[1:])  # without the number of errors
+    return UserError(
+        f"wandb cannot use its settings ({reason}): mend the WANDB_... variables, or use"
+        " logger.mode=disabled"
+    )
 
 
 def start_wandb(cfg, directory, run_id):
@@ -41,11 +54,13 @@ def start_wandb(cfg, directory, run_id):
             config=cfg.model_dump(),
             settings=wandb.Settings(init_timeout=30),
         )
-    except (wandb.errors.Error, TimeoutError, ValueError) as error:  # the last: an odd address
+    except (wandb.errors.Error, TimeoutError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"wandb does not answer ({reason}): check the network, {WITHOUT_WANDB}"
         ) from None
+    except ValueError as error:
+        raise odd_settings(error) from None
     return logger.experiment
 
 

@@ -64,12 +64,12 @@ def damages(half, other, generator):
     cases = []
     for name in files:
         size = (half / name).stat().st_size
-        places = sorted({0, size - 1, *(generator.randrange(size) for _ in range(9))})
-        for place in places if size else ():
+        places = {0, size - 1, *(generator.randrange(size) for _ in range(9))} if size else ()
+        for place in sorted(places):
             bit = generator.randrange(8)
             act = lambda run, name=name, at=(place, bit): flip(run / name, *at)  # noqa: E731
             cases.append((f"{name}: bit {bit} of byte {place} flipped", [name], act))
-        for left in sorted({0, 1, size // 3, size - 1}):
+        for left in sorted({0, 1, size // 3, size - 1} if size else ()):
             act = lambda run, name=name, left=left: os.truncate(run / name, left)  # noqa: E731
             cases.append((f"{name}: cut to {left} of {size} bytes", [name], act))
         act = lambda run, name=name: (run / name).unlink()  # noqa: E731

@@ -237,7 +237,7 @@ ENVIRONMENTS = [
     ("logger.mode=online", {"WANDB_API_KEY": None, "NETRC": "/nothing"}, "needs an API key", 1),
     ("logger.mode=online", {"WANDB_API_KEY": "bad"}, "error: ", 1),
     ("logger.mode=online", {"WANDB_API_KEY": "a" * 40}, "wandb does not answer", 1),
-    ("logger.mode=online", {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "bogus"}, "error: ", 1),
+    ("logger.mode=online", {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "bogus"}, "base_url", 1),
     ("device=cuda", {"CUDA_VISIBLE_DEVICES": ""}, "error: device=cuda: ", 1),
     ("doctor=true", {"TMPDIR": "/nothing"}, "ok      speed", 0),
     ("doctor=true run_dir=/proc/run", {}, "problem run_dir", 1),

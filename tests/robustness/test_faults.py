@@ -302,6 +302,18 @@ def test_wandb_without_a_key(tmp_path, monkeypatch):
     assert "needs an API key: run `wandb login`, or use logger.mode=offline" in sentence
 
 
+def test_wandb_with_an_address_that_is_none(tmp_path, monkeypatch):
+    def settings(**_):
+        return wandb_settings(base_url="bogus")
+
+    import wandb
+
+    wandb_settings = wandb.Settings
+    monkeypatch.setattr(wandb, "Settings", settings)
+    sentence = refused(tmp_path / "run", "logger.mode=offline")
+    assert "base_url Input should be a valid URL" in sentence and "WANDB_" in sentence
+
+
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(tmp_path / "run", "logger.mode=offline")
