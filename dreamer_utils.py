@@ -5,7 +5,6 @@ Networks, optimizers and the policy are here. Each chore behind `make_env`, `mak
 """
 
 import contextlib
-import functools
 import math
 import random
 
@@ -25,7 +24,7 @@ from common.device import (
 )
 from common.diagnostics import Diagnostics
 from common.doctor import Doctor
-from common.envs import make_task, quiet_libraries
+from common.envs import WorkerTask, make_task, quiet_libraries
 from common.episodes import (
     EVALUATION,
     EpisodeSeeds,
@@ -382,7 +381,7 @@ def build_env(cfg, seeds, memory=None):
     if len(seeds) == 1:
         env = make_task(cfg.env, seeds[0])
     else:
-        workers = [functools.partial(make_task, cfg.env, each) for each in seeds]
+        workers = [WorkerTask(cfg.env, each) for each in seeds]
         # TorchRL has no argument for it. Workers keep theirs: updates in between may take hours.
         torchrl._utils.BATCHED_PIPE_TIMEOUT = ANSWER_SECONDS
         # By itself it would take threads away from training.

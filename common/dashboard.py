@@ -52,7 +52,10 @@ def start_wandb(cfg, directory, run_id):
             project=cfg.logger.project,
             log_env_packages=False,
             config=cfg.model_dump(),
-            settings=wandb.Settings(init_timeout=30),
+            # TorchRL sets the mode where only the first run of a process sees it.
+            settings=wandb.Settings(
+                init_timeout=30, mode="online" if cfg.logger.mode == "online" else "offline"
+            ),
         )
     except (wandb.errors.Error, TimeoutError) as error:
         reason = str(error).splitlines()[0]

@@ -5,6 +5,7 @@ images are uint8 [64, 64, 3], and the time limit is a truncation, not an end.
 """
 
 import logging
+import os
 
 import dm_env
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from common.episodes import ResumableEnv
 from common.errors import UserError
 from common.opengl import no_opengl
+from common.signals import end_with
 
 with no_opengl():  # else TorchRL loads it with mujoco, also where nothing is rendered
     from torchrl import envs
@@ -181,6 +183,18 @@ def make_task(cfg, seeds):
     if "pixels" in env.observation_spec.keys():  # TorchRL's name for an image of Gymnasium
         transforms.append(envs.RenameTransform(["pixels"], ["observation"]))
     return ResumableEnv(env, envs.Compose(*transforms), seeds)
+
+
+class WorkerTask:
+    """Builds a task in a process of its own, which ends with the process that made this object."""
+
+    def __init__(self, cfg, seeds):
+        self.cfg, self.seeds, self.parent = cfg, seeds, os.getpid()
+
+    def __call__(self):
+        if os.getpid() != self.parent:  # TorchRL also builds one in the parent, to look at it
+            end_with(self.parent)
+        return make_task(self.cfg, self.seeds)
 
 
 def quiet_libraries():

@@ -1,8 +1,10 @@
 """Signals that ask a run to stop: it saves after the current update, and ends."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from multiprocessing import resource_tracker
 
@@ -38,6 +40,15 @@ def children_without_signals():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done.set()
+
+
+def end_with(parent):
+    """On Linux this process ends with `parent`, silently: nobody else asks it for anything."""
+    if sys.platform == "linux":
+        set_signal_of_parents_death = 1  # its number in prctl.h
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
 
 
 class StopSignals:

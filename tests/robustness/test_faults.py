@@ -314,6 +314,19 @@ def test_wandb_with_an_address_that_is_none(tmp_path, monkeypatch):
     assert "base_url Input should be a valid URL" in sentence and "WANDB_" in sentence
 
 
+def test_an_offline_dashboard_needs_no_key_whatever_was_asked_before(tmp_path, monkeypatch):
+    """wandb settles its mode the first time that it is asked for anything."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb.api.api_key is None
+    small(tmp_path / "run", "logger.mode=offline")
+    wandb.teardown()
+
+
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(tmp_path / "run", "logger.mode=offline")

@@ -143,6 +143,17 @@ def test_no_stop_signal_reaches_a_child_and_all_reach_the_run(tmp_path):
     assert done.stdout.split() == ["True"] * 4, done.stdout + done.stderr
 
 
+def test_workers_end_silently_with_a_run_that_is_killed(tmp_path):
+    process = start(tmp_path / "run", *TWO)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or rows.exists())
+    assert len(group_of(process.pid)) >= 3, "the run and its workers"
+    process.kill()
+    _, said = process.communicate(timeout=60)
+    wait_for(lambda: not group_of(process.pid), 10)
+    assert "Traceback" not in said and "Error" not in said
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_ctrl_c_in_the_first_seconds_ends_at_once_and_silently(tmp_path, copies):
     """Ten moments, from the interpreter's start to the first updates."""
