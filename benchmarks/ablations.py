@@ -7,6 +7,7 @@ on, finished ones are kept: the same command ends with the table, and `--table` 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,13 @@ def directory(folder, variant, seed):
     return folder / f"{variant.replace(' ', '_').replace('(', '').replace(')', '')}-seed{seed}"
 
 
+def call_main():
+    """What `python dreamer.py` does with the words in sys.argv."""
+    os.environ["HYDRA_MAIN_MODULE"] = "__main__"
+    utils.register_configs()
+    dreamer.main()
+
+
 def train(folder, variant, seed, words):
     """One run in this process, which is then spoiled for others."""
     overrides, patch = TRAINED[variant]
@@ -84,8 +92,7 @@ def train(folder, variant, seed, words):
         patch()
     sys.argv[1:] = ["--config-name", PRESET, f"seed={seed}", *overrides, *words]
     sys.argv += [f"run_dir={directory(folder, variant, seed)}", "logger.mode=disabled"]
-    utils.register_configs()
-    dreamer.main()
+    call_main()
 
 
 def play(folder, way, seed, episodes):
@@ -94,8 +101,7 @@ def play(folder, way, seed, episodes):
         PLAYED[way]()
     run = directory(folder, "the preset", seed)
     sys.argv[1:] = [f"eval.checkpoint={run}", f"eval.episodes={episodes}"]
-    utils.register_configs()
-    dreamer.main()
+    call_main()
     [path] = run.glob(f"evaluation_*/{episodes}_episodes.json")
     path.rename(run / f"{way.replace(' ', '_')}.json")
 

@@ -1,4 +1,4 @@
-"""An attack on everything that a run promises; test_attack.py runs a tenth of it, or by hand:
+"""An attack on everything that a run promises; test_attack.py runs a twentieth of it, or by hand:
 
     PYTHONPATH=.:tests python tests/robustness/attack.py DIRECTORY [--quick] [--only PART ...]
 
@@ -53,7 +53,7 @@ def main():
     """Prints the counts; exit code 1 if one of them is not 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tenth of it")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of it")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     args = parser.parse_args()
     attack_children.prepare()
@@ -64,7 +64,7 @@ def main():
             attack_children.probe_once()
         folder = args.directory.absolute() / name
         folder.mkdir(parents=True)
-        PARTS[name](counts, folder, 10 if args.quick else 1)
+        PARTS[name](counts, folder, 20 if args.quick else 1)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     for name, number in counts.cases.items():
         print(f"{name}: {number}")

@@ -56,7 +56,7 @@ def attack_signals(counts, folder, every):
     words = [*RING, *LONG, "env.n_parallel_envs=2", "collector.random_steps=120"]
     wanted, generator = whole(folder, words), random.Random(0)
     cases = [(number, wait) for number in SIGNALS for wait in (False, True, True, True)]
-    cases = cases[::every] if every == 1 else [(number, True) for number in SIGNALS]
+    cases = cases if every == 1 else [(signal.SIGTERM, True), (signal.SIGINT, True)]
     for index, (number, saved) in enumerate(cases):
         counts.cases["signals"] += 1
         place = folder / f"run{index}"

@@ -10,8 +10,10 @@ spoils one part of the algorithm, after which the return must stay low.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -21,7 +23,7 @@ import dreamer_utils as utils
 RANDOM = 300  # the mean return of random actions
 ENOUGH = 600
 FLAGS = """
---config-name config_state env.task=balance collector.total_steps=15000 eval.every=0
+--config-name config_state env.task=balance collector.total_steps=12000 eval.every=0
 logger.mode=disabled logger.progress=false checkpoint.every=100000
 """.split()
 
@@ -82,14 +84,23 @@ SPOILERS = {
 
 def learned_return(directory, seed, words=()):
     """The mean return of ten episodes after training, through the command line's `main`."""
-    utils.register_configs()
-    run = f"run_dir={directory}"
-    sys.argv[1:] = [*FLAGS, f"seed={seed}", run, *words]
-    dreamer.main()
-    sys.argv[1:] = [f"eval.checkpoint={directory}", "eval.episodes=10"]
-    dreamer.main()
+    train = [*FLAGS, f"seed={seed}", f"run_dir={directory}", *words]
+    for given in (train, [f"eval.checkpoint={directory}", "eval.episodes=10"]):
+        call_main(given)
     [path] = Path(directory).glob("evaluation_*/10_episodes.json")
     return json.loads(path.read_text())["eval/return"]
+
+
+def call_main(words):
+    """What `python dreamer.py WORDS` does, in this process."""
+    utils.register_configs()
+    before = sys.argv
+    with mock.patch.dict(os.environ, HYDRA_MAIN_MODULE="__main__"):
+        sys.argv = ["dreamer.py", *words]
+        try:
+            dreamer.main()
+        finally:
+            sys.argv = before
 
 
 if __name__ == "__main__":
