@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print what is there")
     parser.add_argument("--train", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--play", metavar="WAY", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", default=[], help="overrides of all runs, after --")
+    parser.add_argument("--words", nargs="*", default=[], help="overrides of all runs")
     options = parser.parse_args()
     folder, seeds = options.folder.absolute(), options.seeds
     if options.train:
@@ -176,7 +176,7 @@ def main():
         return play(folder, options.play, seeds[0], options.episodes)
     for seed in () if options.table else seeds:
         for variant in options.only:
-            in_a_process(folder, "--seeds", seed, "--train", variant, "--", *options.words)
+            in_a_process(folder, "--seeds", seed, "--train", variant, "--words", *options.words)
     for seed in () if options.table else seeds:
         for way in PLAYED if "the preset" in options.only else ():
             words = ("--seeds", seed, "--episodes", options.episodes, "--play", way)

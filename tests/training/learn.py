@@ -108,7 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", choices=SPOILERS)
-    parser.add_argument("words", nargs="*", help="overrides, after --")
+    parser.add_argument("--words", nargs="*", default=[], help="overrides")
     options = parser.parse_args()
     if options.without:
         SPOILERS[options.without]()
