@@ -59,7 +59,10 @@ def save_checkpoint(directory, keep, step, metadata, parts):
             os.fsync(file.fileno())
             if archive.testzip():
                 raise OSError(5, "what was read back is not what was written")
-    except (OSError, RuntimeError) as error:  # PyTorch's writer meets a full disk with the latter
+    except (OSError, RuntimeError) as error:
+        # So does PyTorch's writer name itself when it meets a full disk; others are mistakes here.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         reason = getattr(error, "strerror", None) or "the disk took only a part of it"
         raise UserError(
             f"the checkpoint of step {step} could not be written to {directory} ({reason}): free"

@@ -19,7 +19,8 @@ STOP_SIGNALS = (
 
 def end_at_once_on_ctrl_c():
     """Until there is something to save, Ctrl-C ends the process at once, without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script's jobs with & ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

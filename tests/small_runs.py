@@ -3,13 +3,22 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize
 
 import dreamer
 import dreamer_utils as utils
+from common.episodes import ResumableCollector
 from common.files import read_jsonl
 
 ROOT = Path(dreamer.__file__).parent
+LAYOUT = {  # of a replay row with one number to see and one action
+    "observation": ((1,), torch.float32),
+    "action": ((1,), torch.float32),
+    "reward": ((), torch.float32),
+    "terminated": ((), torch.bool),
+    "episode": ((), torch.int64),
+}
 SMALL = """
 device=cpu
 env.name=cartpole env.task=balance env.from_pixels=false env.time_limit=40
@@ -37,3 +46,17 @@ def small(run_dir, *overrides):
     for parameter in agent.state_dict().values():
         digest.update(parameter.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest(), read_jsonl(Path(run_dir) / "metrics.jsonl")
+
+
+def before_phase(patch, number, fault):
+    """Calls `fault(collector)` as the `number`-th phase of acting begins, from 1 on."""
+    original, count = ResumableCollector.collect, 0
+
+    def collect(self):
+        nonlocal count
+        count += 1
+        if count == number:
+            fault(self)
+        return original(self)
+
+    patch.setattr(ResumableCollector, "collect", collect)

@@ -15,10 +15,9 @@ import torch
 import common.run
 import dreamer
 import dreamer_utils as utils
-from common.episodes import ResumableCollector
 from common.video import write_film
 from fingerprint import fingerprint
-from small_runs import SMALL, configure, small
+from small_runs import SMALL, before_phase, configure, small
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40", "eval.every=0", "name=one"]
 # 150 of 240 steps fit into the replay.
@@ -98,20 +97,6 @@ def refused(run_dir, *overrides):
     return sentence
 
 
-def before_phase(patch, number, fault):
-    """Calls `fault()` as the `number`-th phase of acting begins, from 1 on."""
-    original, count = ResumableCollector.collect, 0
-
-    def collect(self):
-        nonlocal count
-        count += 1
-        if count == number:
-            fault()
-        return original(self)
-
-    patch.setattr(ResumableCollector, "collect", collect)
-
-
 def contents(directory):
     """{path: bytes} of all files below."""
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
@@ -154,7 +139,7 @@ def test_rows_that_a_full_ring_overwrites_are_kept_first_or_the_run_ends(disk, t
     small(tmp_path / "whole", *RING)
     run = disk.path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        before_phase(patch, 7, lambda: disk.fill(0))
+        before_phase(patch, 7, lambda collector: disk.fill(0))
         sentence = refused(run, *RING)
     assert "free some space" in sentence and "undo" in sentence
     assert not list((run / "replay" / "undo").glob(".*")), "a part that takes room"

@@ -21,10 +21,9 @@ import common.rows
 import dreamer
 import dreamer_utils as utils
 from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
-from common.episodes import ResumableCollector
 from common.opengl import check_picture
 from fingerprint import fingerprint
-from small_runs import SMALL, configure, small
+from small_runs import SMALL, before_phase, configure, small
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40"]
 
@@ -44,20 +43,6 @@ def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
     small(run, *SHORT, "name=one")
     return fingerprint(run)
-
-
-def before_phase(patch, number, fault):
-    """Calls `fault(collector)` as the `number`-th phase of acting begins, from 1 on."""
-    original, count = ResumableCollector.collect, 0
-
-    def collect(self):
-        nonlocal count
-        count += 1
-        if count == number:
-            fault(self)
-        return original(self)
-
-    patch.setattr(ResumableCollector, "collect", collect)
 
 
 def interrupt(collector):

@@ -19,7 +19,7 @@ from common.replay import Replay
 from common.report import run_results
 from common.rows import DROPPED, replay_layout, restore_rows
 from fingerprint import fingerprint
-from small_runs import SMALL, configure, small
+from small_runs import LAYOUT, SMALL, configure, small
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40", "name=one"]
 JSONL = ["metrics.jsonl", "throughput.jsonl", "curves.jsonl"]
@@ -85,7 +85,7 @@ def test_a_damaged_file_of_rows_is_no_reason_to_stop(tmp_path, capsys, name, how
 
 def test_no_flipped_bit_of_a_row_stops_a_run(tmp_path):
     """Some leave a row that is JSON, but without its counters."""
-    small(tmp_path / "run", *SHORT)
+    _, rows = small(tmp_path / "run", *SHORT)
     cfg = configure(*SMALL, f"run_dir={tmp_path / 'run'}")
     for name in JSONL[:2]:
         path = tmp_path / "run" / name
@@ -94,9 +94,11 @@ def test_no_flipped_bit_of_a_row_stops_a_run(tmp_path):
             flipped = bytearray(content)
             flipped[place] ^= 1
             path.write_bytes(flipped)
-            run_results(tmp_path / "run")
+            assert "wall_seconds" in run_results(tmp_path / "run")
             if place < 40:  # the counters come first
-                Logger(cfg, tmp_path / "run", torch.device("cpu"), {}, 160).__exit__(None, 0, 0)
+                logger = Logger(cfg, tmp_path / "run", torch.device("cpu"), {}, 160)
+                assert len(logger.history) >= len(rows) - 1
+                logger.__exit__(None, 0, 0)
         path.write_bytes(content)
 
 
@@ -170,14 +172,6 @@ def test_a_task_that_fails_in_an_evaluation_is_one_sentence(tmp_path, monkeypatc
 
 
 # Short episodes and a full ring
-
-LAYOUT = {
-    "observation": ((1,), torch.float32),
-    "action": ((1,), torch.float32),
-    "reward": ((), torch.float32),
-    "terminated": ((), torch.bool),
-    "episode": ((), torch.int64),
-}
 
 
 def make_replay(directory, rows=60):

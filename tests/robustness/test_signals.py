@@ -143,6 +143,18 @@ def test_no_stop_signal_reaches_a_child_and_all_reach_the_run(tmp_path):
     assert done.stdout.split() == ["True"] * 4, done.stdout + done.stderr
 
 
+def test_ctrl_c_stays_ignored_where_it_was():
+    """A script's jobs with & ignore it from the start."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "from common.signals import end_at_once_on_ctrl_c; end_at_once_on_ctrl_c();"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); end_at_once_on_ctrl_c();"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_workers_end_silently_with_a_run_that_is_killed(tmp_path):
     process = start(tmp_path / "run", *TWO)
     rows = tmp_path / "run" / "metrics.jsonl"

@@ -9,16 +9,9 @@ from tensordict import TensorDict
 
 from common.errors import UserError
 from common.replay import Replay
-from small_runs import small
+from small_runs import LAYOUT, small
 
 CFG = SimpleNamespace(batch_length=5, batch_size=200)
-LAYOUT = {
-    "observation": ((1,), torch.float32),
-    "action": ((1,), torch.float32),
-    "reward": ((), torch.float32),
-    "terminated": ((), torch.bool),
-    "episode": ((), torch.int64),
-}
 
 
 def transitions(T, first=0, end="truncated", done=True):
