@@ -1,71 +1,96 @@
-"""A Markdown table of runs from their cards: `python benchmarks/results.py RUN... [--readme]`.
+"""A Markdown table of runs from their cards: `python benchmarks/results.py FOLDER... [--readme]`.
 
-A card is the run.json that every run keeps; a row is named after its directory. `--readme` puts
-the table between the two marks in the README's section on results.
+A folder is a run, or holds runs: those of one task are its seeds and become one row. A card is the
+run.json that every run keeps. `--readme` puts the table between the two marks in the README's
+section on results. Returns of random actions come from benchmarks/results/random.json.
 """
 
 import argparse
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python benchmarks/results.py benchmarks/results/*/ --readme"
 MARKS = f"<!-- results: {COMMAND} -->", "<!-- end of results -->"
+RANDOM = ROOT / "benchmarks" / "results" / "random.json"
 COLUMNS = (
-    "run",
+    "runs",
     "task",
     "environment steps",
     "updates",
-    "return, last evaluation",
-    "last evaluations, mean and std",
-    "published mean",
+    "random actions",
+    "return of each seed",
+    "mean",
+    "lowest",
     "hours",
     "device",
     "revision",
 )
 
 
-def row(name, card):
-    """The cells of one run."""
-    published = card.get("published_mean")
-    revision = (card["git_revision"] or "?")[:9] + "+" * bool(card["git_dirty"])
-    last = f"{card['last_returns_mean']:.0f} +- {card['last_returns_std']:.0f}"
+def runs_in(folder):
+    """The folder itself if it is a run, else the runs in it."""
+    return [
+        path.parent
+        for path in (folder / "run.json", *sorted(folder.glob("*/run.json")))
+        if path.exists()
+    ]
+
+
+def one_of(values):
+    """What all values have in common: the value, or the smallest and the largest."""
+    different = sorted(set(values))
+    return " to ".join(dict.fromkeys((different[0], different[-1])))
+
+
+def row(name, task, cards, random):
+    """The cells of the seeds of one task."""
+    cards = sorted(cards, key=lambda card: card["seed"])
+    returns = [card["eval_return"] for card in cards]
+    hours = np.mean([card["wall_seconds"] for card in cards]) / 3600
     return (
         name,
-        card["task"],
-        f"{card['environment_steps']:,}",
-        f"{card['updates']:,}",
-        f"{card['eval_return']:.0f}",
-        f"{last} ({card['last_returns']})",
-        f"{published:.0f}" if published else "-",
-        f"{card['wall_seconds'] / 3600:.2f}",
-        f"{card['device']}, {card['precision'].removeprefix('torch.')}",
-        revision,
+        task,
+        one_of(f"{card['environment_steps']:,}" for card in cards),
+        one_of(f"{card['updates']:,}" for card in cards),
+        f"{random[task]:.0f}" if task in random else "?",
+        ", ".join(f"{value:.0f}" for value in returns),
+        f"{np.mean(returns):.0f}" if len(returns) > 1 else "single seed",
+        f"{min(returns):.0f}",
+        f"{hours:.2f}",
+        one_of(f"{card['device']}, {card['precision'].removeprefix('torch.')}" for card in cards),
+        one_of(
+            (card["git_revision"] or "?")[:9] + "+" * bool(card["git_dirty"]) for card in cards
+        ),
     )
 
 
-def table(cards):
-    """All runs, {name: card}, as Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row(*pair) for pair in cards.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(folders, random):
+    """All runs in the folders that were evaluated, as Markdown; empty if there are none."""
+    groups = defaultdict(list)
+    for folder in folders:
+        for run in runs_in(folder):
+            card = json.loads((run / "run.json").read_text())
+            if "eval_return" in card:
+                groups[folder.name, card["task"]].append(card)
+    rows = [row(*key, cards, random) for key, cards in groups.items()]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
 
 
 def main():
     """Prints the table, and puts it into the README if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    cards = {}
-    for run in options.runs:
-        path = run / "run.json"
-        card = json.loads(path.read_text()) if path.exists() else {}
-        if "eval_return" in card:
-            cards[run.name] = card
-    if not cards:
+    text = table(options.folders, json.loads(RANDOM.read_text()) if RANDOM.exists() else {})
+    if not text:
         parser.error("none of these holds a run.json with an evaluation")
-    text = table(cards)
     print(text)
     if options.readme:
         path, (start, end) = ROOT / "README.md", map(re.escape, MARKS)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from common.artist import Artist
 from common.dashboard import start_wandb, to_wandb
 from common.files import COUNTERS, RowFile, read_jsonl
-from common.plots import draw_panel, interpolate_published, published_curve
+from common.panel import draw_panel
+from common.plots import interpolate_published, published_curve
 from common.video import frames_per_second, write_film
 
 FILES = {"metrics": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
@@ -202,10 +203,11 @@ class Logger:
     def draw_panel(self, curves):
         """The state of the run at a glance, drawn beside training."""
         history = [dict(row) for row in self.history]
-        path, free_nats = self.directory / "panel.png", self.cfg.optimization.free_nats
-        self.artist.draw(
-            "eval/panel", path, draw_panel, history, curves, self.published, free_nats
-        )
+        env, free_nats = self.cfg.env, self.cfg.optimization.free_nats
+        task = f"{env.name} {env.task}".strip()
+        title = f"{task}, seed {self.cfg.seed}, step {history[-1]['environment_steps']:,}"
+        what = title, history, curves, self.published, free_nats, env.from_pixels
+        self.artist.draw("eval/panel", self.directory / "panel.png", draw_panel, *what)
 
     def drawn_media(self, wait=False):
         """{name: wandb's film or picture} of what has been drawn since the last row."""

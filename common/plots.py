@@ -1,10 +1,12 @@
-"""Panels and strips as PNG, and the published curves beside ours."""
+"""Strips as PNG, and the published curves beside ours."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.files import atomic_path
 from common.video import (
@@ -50,10 +52,13 @@ def interpolate_published(curve, step):
     }
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, dpi=100):
     """Writes a figure as PNG, complete or not at all."""
-    with atomic_path(path) as aside:
-        figure.savefig(aside, dpi=100, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    with atomic_path(path) as aside, Image.open(drawn) as picture:
+        # 256 colors are enough, and a third of the bytes.
+        picture.convert("RGB").quantize(256).save(aside, format="png", optimize=True)
 
 
 def draw_lines(axis, title, xlabel, **curves):
@@ -61,105 +66,8 @@ def draw_lines(axis, title, xlabel, **curves):
     for label, (x, y, style) in curves.items():
         axis.plot(x, y, style, label=label.replace("_", " "))
     axis.set(title=title, xlabel=xlabel)
-    if curves:
+    if len(curves) > 1:
         axis.legend(fontsize="small")
-
-
-def column_of(rows, key):
-    """The environment steps and the values of all rows that have `key`."""
-    pairs = [(row["environment_steps"], row[key]) for row in rows if key in row]
-    return [list(column) for column in zip(*pairs, strict=True)] or [[], []]
-
-
-def draw_panel(path, history, curves, published, free_nats):
-    """The state of a run in six panels.
-
-    They are returns with the published ones, the KL with its free nats, and what the model and
-    the critic say against one real episode.
-
-    Args:
-        history: all rows of metrics.
-        curves: of the last evaluation.
-        published: rows of `published_curve`, or None.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7.5))
-    # By hand: matplotlib's own layouts take a third longer.
-    margins = {"left": 0.04, "right": 0.99, "bottom": 0.07, "top": 0.95}
-    top, bottom = figure.subplots(2, 3, gridspec_kw=margins | {"wspace": 0.18, "hspace": 0.33})
-    draw_returns(top[0], history, published)
-    draw_kl(bottom[0], history, free_nats)
-    if "value" in curves:
-        draw_open_loop_errors(top[1], bottom[1], curves)
-        draw_return_gap(top[2], curves)
-        draw_value_bias(bottom[2], curves)
-    save_figure(figure, path)
-
-
-def draw_returns(axis, history, published):
-    """Evaluation returns over environment steps."""
-    title, xlabel = "evaluation return", "environment steps"
-    steps, returns = column_of(history, "eval/return")
-    draw_lines(axis, title, xlabel, ours=(steps, returns, "o-"))
-    if published is not None:
-        x, mean, lowest, highest = published[published[:, 0] <= max(steps[-1], published[1, 0])].T
-        draw_lines(axis, title, xlabel, published=(x, mean, "k--"))
-        axis.fill_between(x, lowest, highest, color="k", alpha=0.1)
-
-
-def draw_kl(axis, history, free_nats):
-    """The KL of the model over environment steps."""
-    steps, kl = column_of(history, "world_model/kl")
-    if steps:
-        draw_lines(
-            axis,
-            "KL of the model, nats",
-            "environment steps",
-            kl=(steps, kl, "-"),
-            free_nats=((steps[0], steps[-1]), (free_nats, free_nats), "k:"),
-        )
-
-
-def draw_open_loop_errors(observation_axis, reward_axis, curves):
-    """Errors of the model that is left alone, by the number of steps."""
-    steps = range(1, len(curves["reward_error"]) + 1)
-    for axis, what, title in (
-        (observation_axis, "observation", "squared error of predicted frames"),
-        (reward_axis, "reward", "absolute error of predicted rewards"),
-    ):
-        draw_lines(
-            axis,
-            title,
-            "steps without an observation",
-            model=(steps, curves[f"{what}_error"], "-"),
-            last_row_repeated=(steps, curves[f"copied_{what}"], "k--"),
-        )
-
-
-def draw_return_gap(axis, curves):
-    """Rewards of dreams and of the episode, from the same states."""
-    steps = range(len(curves["imagined_return"]))
-    draw_lines(
-        axis,
-        "rewards of the next H steps",
-        "agent step of the episode",
-        imagined=(steps, curves["imagined_return"], "-"),
-        real=(steps, curves["real_return"], "k--"),
-    )
-
-
-def draw_value_bias(axis, curves):
-    """What the critic says, and the lambda-return of the real rewards."""
-    value = curves["value"][:-1]
-    target = np.subtract(value, curves["value_above_target"])
-    draw_lines(
-        axis,
-        "value against the real lambda-return",
-        "agent step of the episode",
-        value=(range(len(value)), value, "-"),
-        lambda_return=(range(len(target)), target, "k--"),
-    )
 
 
 def draw_dream(path, episode, row, videos, env):
