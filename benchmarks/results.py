@@ -70,12 +70,12 @@ def row(name, task, cards, random):
 
 
 def table(folders, random):
-    """All runs in the folders that were evaluated, as Markdown; empty if there are none."""
+    """All finished runs in the folders, as Markdown; empty if there are none."""
     groups = defaultdict(list)
     for folder in folders:
         for run in runs_in(folder):
             card = json.loads((run / "run.json").read_text())
-            if "eval_return" in card:
+            if "eval_return" in card and card.get("state", "finished") == "finished":
                 groups[folder.name, card["task"]].append(card)
     rows = [row(*key, cards, random) for key, cards in groups.items()]
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
@@ -90,7 +90,7 @@ def main():
     options = parser.parse_args()
     text = table(options.folders, json.loads(RANDOM.read_text()) if RANDOM.exists() else {})
     if not text:
-        parser.error("none of these holds a run.json with an evaluation")
+        parser.error("none of these holds the run.json of a finished run with an evaluation")
     print(text)
     if options.readme:
         path, (start, end) = ROOT / "README.md", map(re.escape, MARKS)
