@@ -38,15 +38,8 @@ def main():
             parser.error(f"{options.run} has no evaluation at or before step {wanted:,}")
         step = evaluations[-1]["environment_steps"]
         path = options.out.with_name(f"{options.out.name}_{step}.png")
-        draw_panel(
-            path,
-            f"{cfg.env.name} {cfg.env.task}".strip() + f", seed {cfg.seed}, step {step:,}",
-            rows_until(options.run / "metrics.jsonl", step),
-            evaluations[-1],
-            published_curve(cfg.env),
-            cfg.optimization.free_nats,
-            cfg.env.from_pixels,
-        )
+        history = rows_until(options.run / "metrics.jsonl", step)
+        draw_panel(path, cfg, history, evaluations[-1], published_curve(cfg.env))
         print(f"written: {path}")
 
 

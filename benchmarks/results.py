@@ -43,7 +43,7 @@ def runs_in(folder):
 
 def one_of(values):
     """What all values have in common: the value, or the smallest and the largest."""
-    different = sorted(set(values))
+    different = sorted(set(values), key=lambda text: (len(text), text))  # 60,000 before 100,000
     return " to ".join(dict.fromkeys((different[0], different[-1])))
 
 

@@ -203,11 +203,8 @@ class Logger:
     def draw_panel(self, curves):
         """The state of the run at a glance, drawn beside training."""
         history = [dict(row) for row in self.history]
-        env, free_nats = self.cfg.env, self.cfg.optimization.free_nats
-        task = f"{env.name} {env.task}".strip()
-        title = f"{task}, seed {self.cfg.seed}, step {history[-1]['environment_steps']:,}"
-        what = title, history, curves, self.published, free_nats, env.from_pixels
-        self.artist.draw("eval/panel", self.directory / "panel.png", draw_panel, *what)
+        path = self.directory / "panel.png"
+        self.artist.draw("eval/panel", path, draw_panel, self.cfg, history, curves, self.published)
 
     def drawn_media(self, wait=False):
         """{name: wandb's film or picture} of what has been drawn since the last row."""

@@ -11,16 +11,14 @@ ENVIRONMENT_STEPS = "environment steps"
 LARGE = 15  # points, so that it can be read from a meter away
 
 
-def draw_panel(path, title, history, curves, published, free_nats, from_pixels):
+def draw_panel(path, cfg, history, curves, published):
     """The state of a run in eight plots, as PNG.
 
     Args:
-        title: which run this is, and when.
+        cfg: the whole configuration.
         history: all rows of metrics until then.
         curves: of the last of them that is an evaluation.
         published: rows of `published_curve`, or None.
-        free_nats: of the KL, `optimization.free_nats`.
-        from_pixels: whether errors of observations are those of pixels.
     """
     from matplotlib.figure import Figure
 
@@ -28,12 +26,14 @@ def draw_panel(path, title, history, curves, published, free_nats, from_pixels):
     # By hand: matplotlib's own layouts take a third longer.
     margins = {"left": 0.045, "right": 0.99, "bottom": 0.075, "top": 0.88}
     top, bottom = figure.subplots(2, 4, gridspec_kw=margins | {"wspace": 0.25, "hspace": 0.38})
+    task = f"{cfg.env.name} {cfg.env.task}".strip()
+    title = f"{task}, seed {cfg.seed}, step {history[-1]['environment_steps']:,}"
     figure.suptitle(title, fontsize=LARGE + 3, x=0.045, ha="left", weight="bold")
     draw_returns(top[0], history, published)
     draw_action_entropy(bottom[0], history)
-    draw_kl(top[1], history, free_nats)
+    draw_kl(top[1], history, cfg.optimization.free_nats)
     if "value" in curves:
-        draw_observation_errors(bottom[1], curves, from_pixels)
+        draw_observation_errors(bottom[1], curves, cfg.env.from_pixels)
         draw_reward_errors(top[2], curves)
         draw_return_gap(bottom[2], curves)
         draw_value_bias(top[3], curves)
@@ -66,7 +66,7 @@ def draw_returns(axis, history, published):
     draw(axis, title, ENVIRONMENT_STEPS, "sum of rewards", ours=(steps, returns, "o-"))
     lowest, highest = axis.get_ylim()
     axis.set_ylim(min(0, lowest), highest + 0.15 * abs(highest))  # room for the legend
-    if published is not None:
+    if published is not None and published[0, 0] <= steps[-1]:
         x, mean, worst, best = published[published[:, 0] <= steps[-1]].T
         axis.errorbar(
             x,
