@@ -97,6 +97,11 @@ def make_suite_env(cfg, seeds):
     return envs.DMControlWrapper(env)
 
 
+def mujoco_viewer(env):
+    """What draws a MuJoCo task of Gymnasium; None before its first picture and for other tasks."""
+    return getattr(getattr(env, "mujoco_renderer", None), "viewer", None)
+
+
 def make_gymnasium_env(cfg, seeds):
     """A Gymnasium task with continuous actions; `UserError` if it cannot be used."""
     import gymnasium
@@ -124,9 +129,28 @@ def make_gymnasium_env(cfg, seeds):
             """The image if pixels are asked for, else the state."""
             if not cfg.from_pixels:
                 return observation
+            self.use_own_opengl()
             image = torch.as_tensor(self.env.render().copy()).movedim(-1, 0)[None].float()
             image = nn.functional.interpolate(image, IMAGE[:2], mode="area")[0]
             return image.round().byte().movedim(0, -1).contiguous().numpy()
+
+        def use_own_opengl(self):
+            """Draws where this environment draws, whatever the process rendered since."""
+            viewer = mujoco_viewer(self.unwrapped)
+            if viewer is not None:
+                viewer.make_context_current()
+            return viewer
+
+        def close(self):
+            """Frees what MuJoCo has drawn with while its own OpenGL context is there.
+
+            Left to the garbage collector, it would delete the buffers of the same numbers in
+            another environment's context, whose pictures would be black from then on.
+            """
+            viewer = self.use_own_opengl()
+            if viewer is not None:
+                viewer.con.free()
+            super().close()
 
     try:
         mode = "rgb_array" if cfg.from_pixels else None

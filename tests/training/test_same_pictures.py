@@ -1,5 +1,7 @@
 """All processes see the same pictures of the same states, whatever they rendered before."""
 
+import gc
+
 import pytest
 import torch
 
@@ -38,3 +40,20 @@ def test_the_camera_does_not_depend_on_the_first_episode(task):
     assert first.float().std() > 1
     for before in (1, 3):
         assert torch.equal(pictures(task, before), first)
+
+
+def test_a_closed_environment_does_not_blacken_the_pictures_of_the_next():
+    expected = pictures("Reacher-v5", before=0)
+    cfg = configure("env.backend=gymnasium", "env.name=Reacher-v5", "env.task=")
+    gc.disable()  # so that the closed one is collected when the other has begun to draw
+    try:
+        closed, other = (utils.build_env(cfg, [EpisodeSeeds(0, 0, 6)]) for _ in range(2))
+        utils.close_env(closed)
+        other.rollout(1)
+        del closed
+        gc.collect()
+        torch.manual_seed(0)
+        assert torch.equal(other.rollout(5)["next", "observation"], expected)
+    finally:
+        gc.enable()
+        utils.close_env(other)
