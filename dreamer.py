@@ -440,13 +440,14 @@ def main(cfg):
     try:
         cfg = utils.load_config(cfg)
         if cfg.doctor:
-            raise SystemExit(0 if utils.Doctor(cfg, utils.make_env, train).examine() else 1)
-        if cfg.eval.checkpoint:
+            if not utils.Doctor(cfg, utils.make_env, train).examine():
+                raise utils.end_of_job("error: the doctor found a problem")
+        elif cfg.eval.checkpoint:
             utils.evaluate_checkpoint(cfg, make_agent, make_evaluation)
         else:
             train(cfg)
     except (utils.UserError, OSError) as error:
-        raise SystemExit(f"error: {utils.user_message(error)}") from None
+        raise utils.end_of_job(f"error: {utils.user_message(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -13,6 +13,7 @@ import torch
 from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
 
+from common.command_line import end_of_job
 from common.config import load_config, register_configs
 from common.dashboard import check_wandb
 from common.device import (
@@ -56,6 +57,7 @@ __all__ = [  # what dreamer.py takes from common/ as it is
     "Doctor",
     "UserError",
     "compile_steps",
+    "end_of_job",
     "load_config",
     "make_autocast",
     "register_configs",

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from common.combinations import check_combinations
+from common.command_line import register_resolvers, split_task, values_of_run
 from common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +158,10 @@ class LoggerConfig(Section):
 class Config(Section):
     """A whole run."""
 
+    task: NotEmpty = "unknown"  # runs of earlier versions do not say it
     name: NotEmpty
     run_dir: NotEmpty
+    resume: str = ""
     seed: Seed
     doctor: bool
     device: str
@@ -180,14 +183,21 @@ def register_configs():
     store = ConfigStore.instance()
     for path in ROOT.glob("config*.yaml"):
         store.store(path.stem, OmegaConf.load(path))
+    for path in ROOT.glob("launcher_*.yaml"):
+        name = path.stem.removeprefix("launcher_")
+        store.store(name, OmegaConf.load(path), group="hydra/launcher")
 
 
 def load_config(cfg):
     """Hydra's configuration as a checked `Config`; `UserError` names the first thing wrong."""
+    register_resolvers()
     try:
+        split_task(cfg)
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    if values.get("resume"):
+        values = values_of_run(values)
     return check_values(values)
 
 

@@ -9,10 +9,29 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
 from common.files import atomic_write
-from common.keys import MAY_CHANGE, flatten
+from common.keys import changes_learning, flatten
 from common.lock import DirectoryLock
 
 LEFTOVERS = ".checkpoint-*.*-" + 32 * "[0-9a-f]"  # TorchRL's names: stage, archive, backup, delete
+
+
+CONFIG_FILE = "config.yaml"
+
+
+def read_config(path):
+    """What the config.yaml of a run says; `UserError` if it is damaged."""
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        saved, reason = None, str(error).splitlines()[0]
+    else:
+        reason = "it is no table of keys"
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path} is damaged ({reason}): restore it from a backup, or from the"
+            " configuration in the dashboard; the checkpoints are left alone"
+        )
+    return saved
 
 
 class RunDirectory:
@@ -20,7 +39,7 @@ class RunDirectory:
 
     def __init__(self, cfg):
         self.cfg, self.path = cfg, Path(cfg.run_dir)
-        self.config_file = self.path / "config.yaml"
+        self.config_file = self.path / CONFIG_FILE
         self.lock, self.created, self.set_aside = DirectoryLock(self.path), False, None
 
     def find_run(self):
@@ -38,24 +57,9 @@ class RunDirectory:
                 " checkpoint.overwrite=true sets it aside, or choose another name=..."
             )
         if wanted.resume:
-            self.check_config(self.read_config())
+            self.check_config(read_config(self.config_file))
             self.remove_leftovers()
         return wanted.resume
-
-    def read_config(self):
-        """What config.yaml says; `UserError` if it is damaged."""
-        try:
-            saved = OmegaConf.to_container(OmegaConf.load(self.config_file))
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-            saved, reason = None, str(error).splitlines()[0]
-        else:
-            reason = "it is no table of keys"
-        if not isinstance(saved, dict):
-            raise UserError(
-                f"{self.config_file} is damaged ({reason}): restore it from a backup, or from the"
-                " configuration in the dashboard; the checkpoints are left alone"
-            )
-        return saved
 
     def check_config(self, saved):
         """`UserError` if the run in the directory was started with another configuration."""
@@ -63,7 +67,7 @@ class RunDirectory:
         differences = [
             f"{key}={before.get(key)} (now {now.get(key)})"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+            if before.get(key) != now.get(key) and changes_learning(key)
         ]
         if differences:
             raise UserError(

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 
 from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
+from common.command_line import typed_overrides
 from common.config import check_values
 from common.device import one_thread
 from common.errors import UserError, first_line
 from common.files import atomic_write
-from common.keys import MAY_CHANGE, flatten, set_key
+from common.keys import changes_learning, flatten, set_key
 from common.plots import draw_dream
 from common.video import (
     CONTEXT,
@@ -196,14 +196,14 @@ def take_over_config(cfg, saved):
 
     `UserError` if the command line says something else, or the checkpoint something impossible.
     """
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    wrong = [word for word in given if not word.lstrip("+").startswith(MAY_CHANGE)]
+    typed = typed_overrides()
+    wrong = [f"{key}={typed[key]}" for key in typed if key == "task" or changes_learning(key)]
     if wrong:
         raise UserError(
             f"{', '.join(wrong)}: eval.checkpoint brings its own configuration: leave this out"
         )
     for key in flatten(cfg):
-        if not key.startswith(MAY_CHANGE):
+        if changes_learning(key):
             if key not in saved:
                 raise UserError(f"the checkpoint knows no {key}: it comes from another version")
             set_key(cfg, key, saved[key])

@@ -4,8 +4,10 @@ from pydantic import BaseModel
 
 # What may differ between two starts of the same run: none of it changes what is learned.
 MAY_CHANGE = (
+    "task",  # says nothing that env.name and env.task do not
     "name",
     "run_dir",
+    "resume",
     "device",
     "doctor",
     "collector.total_steps",
@@ -27,10 +29,14 @@ def flatten(config, prefix=""):
     return flat
 
 
+def changes_learning(key):
+    """Whether a dotted key changes what is learned."""
+    return not key.startswith(MAY_CHANGE)
+
+
 def decisive(config):
     """{dotted key: value} of everything that changes what is learned."""
-    flat = flatten(config)
-    return {key: value for key, value in flat.items() if not key.startswith(MAY_CHANGE)}
+    return {key: value for key, value in flatten(config).items() if changes_learning(key)}
 
 
 def set_key(config, key, value):

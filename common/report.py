@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.command_line import quoted_override
 from common.config import ROOT
 from common.errors import UserError
 from common.files import COUNTERS, atomic_write, read_jsonl
@@ -119,16 +120,15 @@ def run_summary(cfg, card):
             f" last {card['last_returns']}: {card['last_returns_mean']:.1f} +-"
             f" {card['last_returns_std']:.1f}" + f", published mean {published}" * bool(published)
         )
-    typed = Path(sys.argv[0]).name == "dreamer.py"
-    words = sys.argv[1:] if typed else [f"run_dir={place}", "..."]
-    if card["state"] == "finished":  # the same command would only say so again
-        words = [word for word in words if not word.startswith("collector.total_steps=")]
+    words = [quoted_override("resume", place)]
+    checkpoint = quoted_override("eval.checkpoint", place)
+    if card["state"] == "finished":  # without more steps it would only say so again
         words.append(f"collector.total_steps={2 * cfg.collector.total_steps}")
     there = [name for name in SHOWN if Path(place, name).exists()]
     lines += [
         f"in {place}: {', '.join(there)}",
-        f"go on:    python dreamer.py {shlex.join(words)}",
-        f"evaluate: python dreamer.py eval.checkpoint={place} eval.episodes=10",
-        f"plot:     python benchmarks/plot.py {place}",
+        f"go on:    python dreamer.py {' '.join(words)}",
+        f"evaluate: python dreamer.py {checkpoint} eval.episodes=10",
+        f"plot:     python benchmarks/plot.py {shlex.quote(place)}",
     ]
     return "\n".join(lines)
