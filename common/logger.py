@@ -15,7 +15,7 @@ from common.artist import Artist
 from common.dashboard import start_wandb, to_wandb
 from common.files import COUNTERS, RowFile, read_jsonl
 from common.panel import draw_panel
-from common.plots import interpolate_published, published_curve
+from common.plots import published_curve, published_metrics
 from common.video import frames_per_second, write_film
 
 FILES = {"metrics": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
@@ -173,7 +173,7 @@ class Logger:
         if self.evaluation is None:
             return {}, {}
         curves = self.evaluation.curves
-        metrics = self.evaluation.metrics | interpolate_published(self.published, step)
+        metrics = self.evaluation.metrics | published_metrics(self.cfg.env, self.published, step)
         return metrics, {
             name: [float(f"{x:.5g}") for x in curve] for name, curve in curves.items()
         }

@@ -39,7 +39,6 @@ def test_diagnostics_are_measured_at_every_evaluation(watched):
         "behavior/value_bias",
         "behavior/action_saturation",
         "world_model/kl_at_floor",
-        "eval/published_mean",
     }
     assert len(evaluated) == 3 and all(wanted <= set(row) for row in evaluated)
     for row, curve in zip(evaluated, curves, strict=True):

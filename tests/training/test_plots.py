@@ -4,27 +4,100 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import yaml
 from matplotlib.image import imread
 
 import random_returns
-from small_runs import ROOT, small
+import run_groups
+from common.plots import published_curve, published_metrics
+from small_runs import ROOT, configure, small
 from watched_run import PIXELS
 
 
-def test_plot_draws_runs_over_the_published_curves(watched, tmp_path):
-    small(tmp_path / "seed1", *PIXELS, "seed=1")
-    small(tmp_path / "swing", *PIXELS, "env.task=swingup")
-    runs = [str(watched[0]), str(tmp_path / "seed1"), str(tmp_path / "swing")]
-    out = tmp_path / "curves.png"
-    command = [sys.executable, "benchmarks/plot.py", *runs, "--out", str(out)]
+def plot(*words):
+    """What `python benchmarks/plot.py WORDS...` says: its table, and what it left out."""
+    command = [sys.executable, "benchmarks/plot.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first = json.loads((watched[0] / "metrics.jsonl").read_text().splitlines()[-1])
-    other = json.loads((tmp_path / "seed1" / "metrics.jsonl").read_text().splitlines()[-1])
-    mean = (first["eval/return"] + other["eval/return"]) / 2
-    assert f"| cartpole balance | 240 | {mean:.0f} | 136 |" in done.stdout
-    assert "| cartpole swingup | 240 |" in done.stdout
-    assert imread(out).std() > 0.05
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]], done
+
+
+def copy_of(run, path, returns, **changes):
+    """A run with other evaluation returns {step: return} and other keys of its configuration."""
+    path.mkdir(parents=True)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    counters = {"agent_steps": 0, "updates": 0}
+    rows = [
+        counters | {"environment_steps": step, "eval/return": value}
+        for step, value in returns.items()
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_plot_takes_folders_and_puts_seeds_and_settings_into_groups(watched, tmp_path):
+    runs, out = tmp_path / "runs", [tmp_path / "curves.png", tmp_path / "curves.pdf"]
+    for seed, value in enumerate((100.0, 200.0, 300.0, 800.0)):
+        copy_of(watched[0], runs / f"a{seed}", {80: 50.0, 160: value}, seed=seed)
+    longer = {"optimization__horizon": 30, "logger__every": 7}
+    for seed in range(2):
+        copy_of(watched[0], runs / f"b{seed}", {160: 10.0 * seed}, seed=seed, **longer)
+    copy_of(watched[0], runs / "swing", {160: 70.0}, env__task="swingup")
+    small(runs / "no_evaluation", *PIXELS, "eval.every=0")
+    twin = copy_of(watched[0], tmp_path / "twin", {80: 50.0}, seed=2)
+    rows, done = plot(runs, twin, "--out", *out)
+    horizon = yaml.safe_load((watched[0] / "config.yaml").read_text())["optimization"]["horizon"]
+    assert rows[0][:5] == ["cartpole balance", f"horizon={horizon}", "160", "350", "250"]
+    low, high = map(int, rows[0][5].split(" to "))
+    assert 100 < low < 250 and 450 < high < 800 and rows[0][6] == "4"
+    assert rows[1] == ["cartpole balance", "horizon=30", "160", "5", "5", "0 to 10", "2"]
+    swingup = ["cartpole swingup", f"horizon={horizon}", "160", "70", "70", "-", "1"]
+    assert rows[2] == swingup
+    assert rows[3][:4] == ["all 2 tasks", f"horizon={horizon}", "the last", "210"]
+    assert f"left out: {runs / 'no_evaluation'} has no evaluation yet" in done.stderr
+    assert f"left out: {twin} is the same run as {runs / 'a2'}" in done.stderr
+    assert imread(out[0]).std() > 0.05 and out[1].read_bytes().startswith(b"%PDF")
+
+
+def test_plot_never_makes_up_an_evaluation(watched, tmp_path):
+    """A mean is drawn where every seed was evaluated, and nowhere else."""
+    first = copy_of(watched[0], tmp_path / "a", {10: 1.0, 20: 2.0, 30: 3.0}, seed=0)
+    other = copy_of(watched[0], tmp_path / "b", {10: 3.0, 25: 50.0}, seed=1)
+    [group] = run_groups.read_groups([first, other], say=print)
+    assert group.steps == [10] and group.returns.tolist() == [[1.0], [3.0]]
+    apart = copy_of(watched[0], tmp_path / "c", {15: 3.0}, seed=2)
+    said = []
+    assert run_groups.read_groups([first, apart], say=said.append) == []
+    assert len(said) == 1 and "no evaluation at a same step" in said[0]
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    """Of seeds drawn at random, stratified over two tasks with very different scores."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        strata = generator.normal(100, 10, 20), generator.normal(900, 50, 20)
+        low, high = run_groups.bootstrap_interval(strata, draws=400)
+        inside += low <= 500 <= high
+    assert 0.88 < inside / 200 < 0.99
+
+
+def test_published_points_are_logged_only_where_they_are_and_for_their_settings():
+    env = configure("task=cartpole-balance").env
+    curve = published_curve(env)
+    near = published_metrics(env, curve, 100_000)
+    assert near == published_metrics(env, curve, 110_000) == published_metrics(env, curve, 105_000)
+    assert near["eval/published_mean"] == curve[1, 1]
+    assert published_metrics(env, curve, 50_000) == published_metrics(env, curve, 10**8) == {}
+    for word in ("env.from_pixels=false", "env.action_repeat=4", "env.time_limit=500"):
+        other = configure("task=cartpole-balance", word).env
+        assert published_metrics(other, curve, 105_000) == {}
 
 
 def test_seeds_of_one_task_become_one_row_of_the_table_of_results(watched, tmp_path):
