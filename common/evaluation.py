@@ -16,18 +16,12 @@ from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
 from common.command_line import typed_overrides
 from common.config import check_values
 from common.device import one_thread
+from common.dream import draw_dream
 from common.errors import UserError, first_line
 from common.files import atomic_write
+from common.frames import CONTEXT, dream_frames, evaluation_frames, open_loop_frames
 from common.keys import changes_learning, flatten, set_key
-from common.plots import draw_dream
-from common.video import (
-    CONTEXT,
-    dream_frames,
-    evaluation_frames,
-    frames_per_second,
-    open_loop_frames,
-    write_film,
-)
+from common.video import frames_per_second, write_film
 
 DREAM_ROWS = 45  # of a dream that is drawn from a chosen step
 
@@ -83,8 +77,9 @@ class Evaluation:
             if lengths[0] > 2:
                 self.compare_with_dreams(result, films)
         if films:
+            repeat = self.cfg.env.action_repeat
             for number, episode in enumerate(episodes, 1):
-                make_frames = functools.partial(evaluation_frames, episode)
+                make_frames = functools.partial(evaluation_frames, episode, repeat)
                 result.films[f"evaluation_{number}"] = make_frames
         result.curves["return"] = returns
         return result
@@ -125,14 +120,16 @@ class Evaluation:
         result.metrics |= metrics
         result.curves |= curves
         if films:
-            length = len(episode["reward"])
+            length, repeat = len(episode["reward"]), self.cfg.env.action_repeat
             context = min(CONTEXT, length - 1)
             videos = self.diagnostics.predict_videos(
                 self.agent, episode, context - 1, length - context + 1
             )
             result.films = {
-                "open_loop": functools.partial(open_loop_frames, episode, predicted, first),
-                "dream": functools.partial(dream_frames, episode, context, videos),
+                "open_loop": functools.partial(
+                    open_loop_frames, episode, predicted, first, repeat
+                ),
+                "dream": functools.partial(dream_frames, episode, context, videos, repeat),
             }
 
     @torch.no_grad()

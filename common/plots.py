@@ -1,22 +1,13 @@
-"""Strips as PNG, and the published curves beside ours."""
+"""Lines, figures as PNG, and the published curves beside ours."""
 
 import csv
 import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from common.files import atomic_path
-from common.video import (
-    CONTEXT,
-    compare_frames,
-    enlarge,
-    frames_per_second,
-    to_frames,
-    write_film,
-)
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 NEAR = 5_000  # environment steps, half of those between two evaluations
@@ -79,56 +70,3 @@ def draw_lines(axis, title, xlabel, **curves):
     axis.set(title=title, xlabel=xlabel)
     if len(curves) > 1:
         axis.legend(fontsize="small")
-
-
-def draw_dream(path, episode, row, videos, env):
-    """Real, reconstruction, open loop and error from `row` on, and rewards, as PNG and mp4.
-
-    Args:
-        videos: of `Diagnostics.predict_videos`.
-        env: the configuration's section `env`.
-    """
-    length, first = len(videos["open_loop"][0]), max(row - CONTEXT + 1, 0)
-    context = row + 1 - first
-    frames = dream_strip_frames(episode, first, row, videos, context)
-    film = path.with_suffix(".mp4")
-    write_film(film, lambda: enlarge(frames, 3), frames_per_second(env))
-
-    from matplotlib.figure import Figure
-
-    ahead = np.linspace(context, len(frames) - 1, 9)
-    shown = np.unique(np.concatenate([[0, context - 1], ahead]).astype(int))
-    figure = Figure(figsize=(len(shown) * 1.1, 6.6), layout="constrained")
-    strip, axis = figure.subplots(2, 1, height_ratios=(2.2, 1))
-    strip.imshow(torch.cat([frames[i] for i in shown], 1).numpy(), interpolation="nearest")
-    size = frames.shape[2]
-    names = ["real", "seen", "open loop", "error"]
-    strip.set_yticks([size * (i + 0.5) for i in range(len(names))], names)
-    ticks = [size * (i + 0.5) for i in range(len(shown))]
-    strip.set_xticks(ticks, (first + shown) * env.action_repeat)
-    strip.set_xlabel("environment step (orange: the model alone, with the real actions)")
-    real = episode["reward"].cpu()
-    after = np.arange(row + 1, row + 1 + length) * env.action_repeat
-    before = np.arange(max(first, 1), row + 1) * env.action_repeat
-    draw_lines(
-        axis,
-        "",
-        "environment step",
-        real=(np.concatenate([before, after]), real[max(first, 1) - 1 : row + length], "k--"),
-        open_loop=(after, videos["open_loop"][1].cpu(), "-"),
-        dream_of_the_policy=(after, videos["dream"][1].cpu(), ":"),
-    )
-    axis.set_ylabel("reward")
-    save_figure(figure, path)
-
-
-def dream_strip_frames(episode, first, row, videos, context):
-    """Real, reconstruction, open loop and error of the rows from `first` on, [T, h, w, 3]."""
-    open_loop = to_frames(videos["open_loop"][0])
-    rows = slice(first, row + 1 + len(open_loop))
-    truth = episode["observation"].cpu()[rows]
-    seen = to_frames(videos["filtered"][0])[rows]
-    unseen = truth.new_zeros(len(truth) - len(seen), *truth.shape[1:])
-    seen = torch.cat([seen, unseen])  # the last observation is never filtered
-    model = torch.cat([seen[:context], open_loop])
-    return compare_frames(truth, seen, model, context=context)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from dm_control.rl.control import Environment
 from matplotlib.image import imread
+from PIL import Image
 
 import dreamer
 import dreamer_utils as utils
 from common.errors import UserError
 from common.evaluation import find_checkpoint
-from common.video import DREAMED, SEEN
+from common.frames import COLORS
 from small_runs import ROOT, SMALL, configure
 from watched_run import frames_of
 
@@ -82,11 +83,15 @@ def test_the_command_line_draws_a_dream_from_any_step(watched):
     assert done.returncode == 0, done.stderr
     assert "episode 2: return" in done.stdout
     strip = imread(watched[0] / "evaluation_000000240" / "dream_from_2_20.png")[..., :3]
-    orange = np.abs(strip - np.array(DREAMED) / 255).max(-1) < 0.02
-    green = np.abs(strip - np.array(SEEN) / 255).max(-1) < 0.02
+    orange = np.abs(strip - np.array(COLORS["open loop"]) / 255).max(-1) < 0.02
+    green = np.abs(strip - np.array(COLORS["seen"]) / 255).max(-1) < 0.02
     assert orange.sum() > 1000 and green.sum() > 300
     film = frames_of(watched[0] / "evaluation_000000240" / "dream_from_2_20.mp4")
-    assert film.shape == (5 + 10, 4 * 68 * 3, 68 * 3, 3)
+    assert film.shape == (3 + 10, 330, 4 * 68 * 4, 3)
+    with Image.open(watched[0] / "evaluation_000000240" / "dream_from_2_20.gif") as gif:
+        assert (gif.n_frames, gif.size) == (len(film), (4 * 68 * 4, 330))
+        gif.seek(7)
+        assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - film[7]).mean() < 6
 
 
 @pytest.mark.parametrize(

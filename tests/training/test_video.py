@@ -5,7 +5,14 @@ import pytest
 import torch
 
 import common.logger
-from common.video import DREAMED, SEEN, open_loop_frames, write_film
+from common.frames import (
+    COLORS,
+    evaluation_frames,
+    open_loop_frames,
+    reward_notes,
+    write_text,
+)
+from common.video import write_film
 from small_runs import small
 from watched_run import PIXELS, frames_of
 
@@ -30,8 +37,30 @@ def test_every_evaluation_leaves_its_films(watched):
 
 def test_the_evaluation_film_shows_the_episode(watched):
     film = frames_of(watched[0] / "videos" / "evaluation_1_000000240.mp4")
-    assert film.shape == (21, 256, 256, 3)
+    assert film.shape == (21, 22 + 272 + 36, 272, 3)
     assert film.std() > 5
+
+
+def test_frames_say_their_step_their_reward_and_its_sum():
+    episode = {
+        "observation": torch.arange(4).mul(8).byte()[:, None, None, None].expand(4, 64, 64, 3),
+        "reward": torch.tensor([0.5, 1.0, 0.25]),
+    }
+    frames = evaluation_frames(episode, repeat=4)
+    assert frames.shape == (4, 22 + 272 + 36, 272, 3)
+    for row, note in enumerate(
+        ("0.00  sum 0.0", "0.50  sum 0.5", "1.00  sum 1.5", "0.25  sum 1.8")
+    ):
+        color = COLORS["real"]
+        assert torch.equal(frames[row, :22], write_text((22, 272), [f"step {4 * row}"], color))
+        below = write_text((36, 272), ["real", f"reward {note}"], color)
+        assert torch.equal(frames[row, -36:], below) and below.float().std() > 10
+        assert (frames[row, 22 + 8 : 22 + 264, 8:264] == 8 * row).all()
+        assert tuple(frames[row, 22, 0].tolist()) == color
+    assert reward_notes(np.array([0.0, -1.5])) == [
+        "reward 0.00  sum 0.0",
+        "reward -1.50  sum -1.5",
+    ]
 
 
 @pytest.mark.parametrize("fps", [10, 20])
@@ -47,16 +76,18 @@ def test_a_film_has_every_frame_once(tmp_path, fps):
 
 def test_the_dream_stands_beside_the_real_episode(watched):
     film = frames_of(watched[0] / "videos" / "dream_000000240.mp4")
-    assert film.shape == (21, 68 * 3, 2 * 68 * 3, 3)
-    for half in (0, 68 * 3):  # border: green for what the model has seen, then orange
-        assert close(film[4, 1:3, half + 20 : half + 180].mean((0, 1)), SEEN)
-        assert close(film[5, 1:3, half + 20 : half + 180].mean((0, 1)), DREAMED)
+    assert film.shape == (21, 330, 2 * 272, 3)
+    border = film[:, 24:28]
+    for row in (4, 5, 20):
+        assert close(border[row, :, 20:250].mean((0, 1)), COLORS["real"])
+    assert close(border[4, :, 292:520].mean((0, 1)), COLORS["seen"])
+    assert close(border[5, :, 292:520].mean((0, 1)), COLORS["dream"])
 
 
 def test_the_open_loop_film_has_six_sequences_of_truth_model_and_error(watched):
     film = frames_of(watched[0] / "videos" / "open_loop_000000240.mp4")
-    assert film.shape == (21, 3 * 136, 6 * 136, 3)
-    truth, model, error = (film[:, at + 4 : at + 132] for at in (0, 136, 272))
+    assert film.shape == (21, (136 + 28) + 2 * (136 + 14), 6 * 136, 3)
+    truth, model, error = (film[:, at + 4 : at + 132] for at in (0, 164, 314))
     inside = np.concatenate([np.arange(i * 136 + 4, i * 136 + 132) for i in range(6)])
     truth, model, error = (part[:, :, inside] for part in (truth, model, error))
     assert np.abs(np.abs(truth - model) - error).mean() < 12
@@ -67,13 +98,16 @@ def test_open_loop_frames_put_every_sequence_in_its_column():
     rows = torch.arange(30).mul(8).byte()[:, None, None, None].expand(30, 64, 64, 3)
     first = torch.tensor([0, 20])
     predicted = torch.zeros(2, 10, 3, 64, 64)  # gray 127 or 128
-    frames = open_loop_frames({"observation": rows}, predicted, first)
-    assert frames.shape == (10, 3 * 136, 2 * 136, 3)
+    frames = open_loop_frames({"observation": rows}, predicted, first, repeat=5)
+    assert frames.shape == (10, 464, 2 * 136, 3)
     assert frames[3, 60, 60, 0] == 24 and frames[3, 60, 196, 0] == 23 * 8
-    assert frames[3, 196, 60, 0] in (127, 128)
-    assert frames[3, 332, 60, 0] == abs(frames[3, 196, 60, 0].int() - 24)
-    assert tuple(frames[4, 0, 0].tolist()) == SEEN
-    assert tuple(frames[5, 0, 0].tolist()) == DREAMED
+    assert frames[3, 224, 60, 0] in (127, 128)
+    assert frames[3, 374, 60, 0] == abs(frames[3, 224, 60, 0].int() - 24)
+    colors = {at: [tuple(frames[row, at, 0].tolist()) for row in (4, 5)] for at in (0, 164, 314)}
+    assert colors[0] == [COLORS["real"]] * 2 and colors[314] == [COLORS["error"]] * 2
+    assert colors[164] == [COLORS["seen"], COLORS["open loop"]]
+    step = write_text((28, 136), ["real", "step 115"], COLORS["real"])
+    assert torch.equal(frames[3, 136:164, 136:], step)
 
 
 def test_a_film_that_fails_is_one_line_and_training_goes_on(watched, tmp_path, monkeypatch, capfd):
