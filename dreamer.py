@@ -418,7 +418,7 @@ def train(cfg):
                     with logger.clock("evaluate"):
                         result = evaluation(run.step, films=logger.films_due)
                     logger.add_evaluation(run.step, result)
-                logger.show_progress(run.step, run.updates)
+                logger.show_progress(run.step)
                 if run.row_due:
                     logger.write_row(run.step, run.updates)
                 run.reported()

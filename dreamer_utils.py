@@ -548,7 +548,7 @@ def evaluate_checkpoint(cfg, make_agent, make_evaluation):
 
 def make_logger(cfg, run, device, metadata):
     """Rows of metrics in the directory of the run, the dashboard, the progress bar."""
-    return Logger(cfg, run.path, device, metadata, run.step, run.saved.get("logger"))
+    return Logger(cfg, run.path, device, metadata, run.step, run.updates, run.saved.get("logger"))
 
 
 def make_run(cfg):

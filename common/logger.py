@@ -9,15 +9,16 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.artist import Artist
 from common.dashboard import start_wandb, to_wandb
 from common.files import COUNTERS, RowFile, read_jsonl
 from common.panel import draw_panel
 from common.plots import published_curve, published_metrics
+from common.progress import Progress, duration
 from common.video import frames_per_second, write_film
 
+PAPERS_BATCH = 2_500  # frames
 FILES = {"metrics": "metrics.jsonl", "times": "throughput.jsonl", "curves": "curves.jsonl"}
 
 
@@ -44,12 +45,13 @@ class Logger:
         device: on which updates run, for the clock.
         metadata: what a result depends on, for the dashboard.
         step: environment steps at which this process starts.
+        updates: updates at which it starts.
         saved: the state of the logger that goes on, or None.
     """
 
     SAVED = ("update_rows", "episode_rows", "seconds", "last_row", "evaluations", "wandb_id")
 
-    def __init__(self, cfg, directory, device, metadata, step=0, saved=None):
+    def __init__(self, cfg, directory, device, metadata, step=0, updates=0, saved=None):
         self.cfg, self.directory, self.device = cfg, directory, device
         self.update_rows, self.episode_rows, self.seconds = [], [], {}  # since the last row
         self.evaluation, self.evaluations, self.last_row = None, 0, 0
@@ -67,13 +69,7 @@ class Logger:
             self.wandb_id = self.wandb.id
             self.wandb.define_metric("*", step_metric="environment_steps")
             self.wandb.config.update({"run": metadata}, allow_val_change=True)
-        self.bar = tqdm(
-            total=cfg.collector.total_steps,
-            initial=step,
-            unit="step",
-            smoothing=0.05,
-            disable=not cfg.logger.progress,
-        )
+        self.progress = Progress(cfg, step, updates)
 
     def state_dict(self):
         """What has not become a row yet, and how long the files are."""
@@ -95,21 +91,25 @@ class Logger:
     @contextlib.contextmanager
     def clock(self, phase):
         """Adds the wall time of its block to `phase`, once a GPU has done its work."""
+        self.progress.begin(phase)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.progress.end(phase, seconds)
 
     def say(self, sentence):
         """A line above the progress bar."""
-        self.bar.write(sentence)
+        self.progress.say(sentence)
 
     # What happens between two rows
 
     def add_update(self, metrics):
         """Metrics of one update, tensors []."""
         self.update_rows.append(metrics)
+        self.progress.count_update()
 
     def add_episodes(self, episodes):
         """Return and length of every training episode that ended."""
@@ -130,12 +130,9 @@ class Logger:
             path = self.directory / "videos" / f"{name}_{step:09d}.mp4"
             self.artist.draw(f"eval/{name}", path, write_film, make_frames, fps)
 
-    def show_progress(self, step, updates):
+    def show_progress(self, step):
         """Moves the progress bar."""
-        if self.episode_rows:
-            shown = {"return": self.episode_rows[-1][0], "updates": updates}
-            self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+        self.progress.advance(step, self.episode_rows[-1][0] if self.episode_rows else None)
 
     # The row
 
@@ -164,7 +161,7 @@ class Logger:
             self.draw_panel(self.evaluation.curves)
         if self.update_rows and self.estimate_due:
             self.estimate_due = False  # once is enough
-            self.say_estimate(step)
+            self.say_estimate()
         self.evaluation = None
         self.update_rows, self.episode_rows, self.seconds, self.last_row = [], [], {}, step
 
@@ -189,14 +186,12 @@ class Logger:
             times["throughput/updates_per_second"] = rate
         return times
 
-    def say_estimate(self, step):
-        """Says how long the rest takes at the speed since the last row."""
-        times = self.times(step)
-        seconds = 1 / times["throughput/environment_steps_per_second"]
-        seconds += self.cfg.optimization.train_ratio / times["throughput/updates_per_second"]
-        hours = (self.cfg.collector.total_steps - step) * seconds / 3600
+    def say_estimate(self):
+        """Says how long the rest takes; who runs the paper's size on a CPU hears of a smaller."""
+        seconds = self.progress.seconds_to_go()
         smaller = "; a smaller run: python dreamer.py --config-name config_laptop"
-        self.say(f"about {hours:.1f} hours to go on this CPU" + smaller * (hours > 2))
+        wanted = seconds > 7200 and self.cfg.replay_buffer.batch_size >= PAPERS_BATCH
+        self.say(f"about {duration(seconds)} to go on this CPU" + smaller * wanted)
 
     # Pictures, and the end
 
@@ -219,7 +214,7 @@ class Logger:
         hurry = kind is KeyboardInterrupt
         media = self.drawn_media(wait=not hurry)
         self.artist.close(hurry)
-        self.bar.close()
+        self.progress.close()
         for file in self.files.values():
             file.close()
         if self.wandb:

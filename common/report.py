@@ -129,6 +129,7 @@ def run_summary(cfg, card):
         f"in {place}: {', '.join(there)}",
         f"go on:    python dreamer.py {' '.join(words)}",
         f"evaluate: python dreamer.py {checkpoint} eval.episodes=10",
-        f"plot:     python benchmarks/plot.py {shlex.quote(place)}",
     ]
+    if "eval_return" in card:
+        lines.append(f"plot:     python benchmarks/plot.py {shlex.quote(place)}")
     return "\n".join(lines)
