@@ -42,7 +42,7 @@ from common.memory import check_memory
 from common.opengl import no_opengl, prepare_gl
 from common.replay import Replay
 from common.report import check_versions, run_metadata
-from common.rows import replay_layout
+from common.rows import place_rows, replay_layout
 from common.run import Run
 from common.signals import children_without_signals
 
@@ -499,7 +499,7 @@ def make_replay(cfg, env, run, device):
     if saved:
         overwritten = saved["episodes"] > len(saved["table"])  # such a ring cannot grow
         rows = saved["rows"] if overwritten else max(rows, saved["rows"])
-    place = run.path / "replay"
+    place = place_rows(run.path, cfg.replay_buffer.directory)
     return Replay(
         cfg.replay_buffer,
         rows,

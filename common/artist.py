@@ -9,26 +9,27 @@ class Artist:
     def __init__(self):
         self.worker, self.drawings = ThreadPoolExecutor(1), []
 
-    def draw(self, name, path, function, *args):
+    def draw(self, name, path, step, function, *args):
         """Calls function(path, *args) beside training.
 
         One that still waits to be drawn gives way to a newer one for the same file.
 
         Args:
             name: under which the dashboard shows it.
+            step: environment steps of what it shows.
         """
-        self.drawings = [row for row in self.drawings if row[1] != path or not row[2].cancel()]
-        self.drawings.append((name, path, self.worker.submit(function, path, *args)))
+        self.drawings = [row for row in self.drawings if row[1] != path or not row[3].cancel()]
+        self.drawings.append((name, path, step, self.worker.submit(function, path, *args)))
 
     def collect(self, say, wait=False):
-        """{name: path} of all that was drawn since the last call; `say` hears of each failure."""
-        done = [row for row in self.drawings if wait or row[2].done()]
+        """[(name, path, step)] of what was drawn since the last call; `say` hears of failures."""
+        done = [row for row in self.drawings if wait or row[3].done()]
         self.drawings = [row for row in self.drawings if row not in done]
-        drawn = {}
-        for name, path, drawing in done:
+        drawn = []
+        for name, path, step, drawing in done:
             error = drawing.exception()
             if error is None:
-                drawn[name] = path
+                drawn.append((name, path, step))
             else:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 say(f"{path.name} could not be drawn ({reason}); training goes on")

@@ -46,6 +46,10 @@ def check_combinations(config):
             " eval.video and eval.dream_episode",
         ),
         (
+            not (config.resume and config.eval.checkpoint),
+            "resume=... trains and eval.checkpoint=... evaluates: give one of them",
+        ),
+        (
             config.eval.checkpoint or not (config.eval.video or config.eval.dream_episode),
             "eval.video and eval.dream_episode need eval.checkpoint=...; films of training come"
             " with logger.video=true",

@@ -80,8 +80,6 @@ def values_of_run(values):
     for key in ("run_dir", "checkpoint.resume"):
         if key in typed:
             raise UserError(f"resume={path} already says {key}: leave out {key}={typed[key]}")
-    if "eval.checkpoint" in typed:
-        raise UserError("resume trains, eval.checkpoint evaluates: give one of them")
     if "task" in typed:
         typed |= {"env.name": None, "env.task": None}
     saved = flatten(read_config(path / CONFIG_FILE))
@@ -92,7 +90,7 @@ def values_of_run(values):
             section = section.get(part, {})
         if name in section and key not in typed:
             section[name] = value
-    return values | {"run_dir": str(path), "resume": ""}
+    return values | {"run_dir": str(path), "resume": str(path)}
 
 
 def quoted_override(key, value):

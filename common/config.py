@@ -87,6 +87,8 @@ class ReplayBufferConfig(Section):
     batch_size: PositiveInt
     batch_length: AtLeastTwo
     capacity: PositiveInt
+    directory: str = ""
+    keep: bool = True
 
 
 class Networks(Section):
@@ -153,6 +155,7 @@ class LoggerConfig(Section):
     video: bool
     video_every: PositiveInt
     progress: bool
+    artifact: bool = False
 
 
 class Config(Section):

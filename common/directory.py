@@ -107,6 +107,9 @@ class RunDirectory:
     def remove_traces(self):
         """Removes what a new run that could not start has made, and puts an old one back."""
         if self.created:
+            rows = self.path / "replay"
+            if rows.is_symlink():  # made on another disk, by this start
+                shutil.rmtree(rows.resolve())
             shutil.rmtree(self.path)
         if self.set_aside:
             self.set_aside.rename(self.path)

@@ -110,7 +110,8 @@ class Doctor:
         shape = IMAGE if self.cfg.env.from_pixels else (128,)
         rows, layout = replay_layout(self.cfg, shape, action_dim=32)
         needed = rows * row_bytes(layout)
-        free = check_space(nearest_directory(self.cfg.run_dir), needed)
+        place = self.cfg.replay_buffer.directory or self.cfg.run_dir
+        free = check_space(nearest_directory(place), needed)
         return f"replay {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
 
     def check_dashboard(self):

@@ -11,6 +11,8 @@ MAY_CHANGE = (
     "device",
     "doctor",
     "collector.total_steps",
+    "replay_buffer.directory",
+    "replay_buffer.keep",
     "eval.",
     "logger.",
     "checkpoint.",

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from common.artist import Artist
-from common.dashboard import start_wandb, to_wandb
+from common.checkpoint import checkpoint_paths
+from common.dashboard import Dashboard
 from common.files import COUNTERS, RowFile, read_jsonl
 from common.panel import draw_panel
-from common.plots import published_curve, published_metrics
+from common.plots import is_published_setting, published_curve, published_metrics
 from common.progress import Progress, duration
 from common.video import frames_per_second, write_film
 
@@ -65,10 +66,9 @@ class Logger:
         ]
         self.wandb, self.wandb_id = None, saved and saved["wandb_id"]
         if cfg.logger.mode != "disabled":
-            self.wandb = start_wandb(cfg, directory, self.wandb_id)
+            comparable = self.published if is_published_setting(cfg.env) else None
+            self.wandb = Dashboard(cfg, directory, self.wandb_id, metadata, comparable)
             self.wandb_id = self.wandb.id
-            self.wandb.define_metric("*", step_metric="environment_steps")
-            self.wandb.config.update({"run": metadata}, allow_val_change=True)
         self.progress = Progress(cfg, step, updates)
 
     def state_dict(self):
@@ -128,7 +128,7 @@ class Logger:
         fps = frames_per_second(self.cfg.env)
         for name, make_frames in result.films.items():
             path = self.directory / "videos" / f"{name}_{step:09d}.mp4"
-            self.artist.draw(f"eval/{name}", path, write_film, make_frames, fps)
+            self.artist.draw(f"eval/{name}", path, step, write_film, make_frames, fps)
 
     def show_progress(self, step):
         """Moves the progress bar."""
@@ -155,12 +155,15 @@ class Logger:
             if row:
                 self.files[key].append(counters | row)
         self.history.append(counters | metrics)
+        drawn = self.artist.collect(self.say)
         if self.wandb:
-            self.wandb.log(counters | metrics | times | self.drawn_media(), step=step)
+            self.wandb.log_row(counters | metrics | times, step)
+            self.wandb.log_drawn(drawn)
+            if curves:
+                self.wandb.log_returns(self.history)
         if curves:
             self.draw_panel(self.evaluation.curves)
         if self.update_rows and self.estimate_due:
-            self.estimate_due = False  # once is enough
             self.say_estimate()
         self.evaluation = None
         self.update_rows, self.episode_rows, self.seconds, self.last_row = [], [], {}, step
@@ -189,6 +192,9 @@ class Logger:
     def say_estimate(self):
         """Says how long the rest takes; who runs the paper's size on a CPU hears of a smaller."""
         seconds = self.progress.seconds_to_go()
+        if seconds is None:  # all updates of this row were made before the run was stopped
+            return
+        self.estimate_due = False  # once is enough
         smaller = "; a smaller run: python dreamer.py --config-name config_laptop"
         wanted = seconds > 7200 and self.cfg.replay_buffer.batch_size >= PAPERS_BATCH
         self.say(f"about {duration(seconds)} to go on this CPU" + smaller * wanted)
@@ -199,12 +205,9 @@ class Logger:
         """The state of the run at a glance, drawn beside training."""
         history = [dict(row) for row in self.history]
         path = self.directory / "panel.png"
-        self.artist.draw("eval/panel", path, draw_panel, self.cfg, history, curves, self.published)
-
-    def drawn_media(self, wait=False):
-        """{name: wandb's film or picture} of what has been drawn since the last row."""
-        drawn = self.artist.collect(self.say, wait)
-        return {name: to_wandb(path) for name, path in drawn.items()} if self.wandb else {}
+        step = history[-1]["environment_steps"]
+        drawing = draw_panel, self.cfg, history, curves, self.published
+        self.artist.draw("eval/panel", path, step, *drawing)
 
     def __enter__(self):
         return self
@@ -212,13 +215,14 @@ class Logger:
     def __exit__(self, kind, error, trace):
         """Ends what is being drawn (or leaves it), the progress bar, the files, the wandb run."""
         hurry = kind is KeyboardInterrupt
-        media = self.drawn_media(wait=not hurry)
+        drawn = self.artist.collect(self.say, wait=not hurry)
         self.artist.close(hurry)
         self.progress.close()
         for file in self.files.values():
             file.close()
         if self.wandb:
-            if media:
-                counters = {"environment_steps": self.last_row}
-                self.wandb.log(counters | media, step=self.last_row)
+            self.wandb.log_drawn(drawn)
+            checkpoints = checkpoint_paths(self.directory / "checkpoints")
+            if self.cfg.logger.artifact and kind is None and checkpoints:
+                self.wandb.log_checkpoint(checkpoints[0])
             self.wandb.finish()

@@ -30,16 +30,11 @@ class Progress:
         self.seconds, self.evaluations, self.last_return = {}, 0, None
         self.words = ""
         self.shown = 0.0  # when the bar was drawn last
-        self.bar = tqdm(
-            total=cfg.collector.total_steps,
-            initial=step,
-            bar_format=BAR,
-            disable=not cfg.logger.progress,
-        )
+        self.bar = None  # drawn once something happens, below all that is said at the start
 
     def say(self, sentence):
         """A line above the bar."""
-        self.bar.write(sentence)
+        tqdm.write(sentence)
 
     def begin(self, phase):
         """`collect`, `update` or `evaluate` begins; without any update so far, it is early."""
@@ -70,19 +65,22 @@ class Progress:
     def advance(self, step, last_return):
         """The environment is at `step`; `last_return` is of the last training episode, or None."""
         self.step, self.last_return = step, last_return or self.last_return
-        self.bar.n = step
         self.draw()
 
     def draw(self):
         """Draws the bar as things are."""
-        if self.bar.disable:
+        if not self.cfg.logger.progress:
             return
+        if self.bar is None:
+            total = self.cfg.collector.total_steps
+            self.bar = tqdm(total=total, initial=self.step, bar_format=BAR)
         shown = [f"{self.updates:,} updates"]
         if self.last_return is not None:
             shown.append(f"return {self.last_return:.0f}")
         seconds = self.seconds_to_go()
         if seconds is not None:
             shown.append(f"{duration(seconds)} to go")
+        self.bar.n = self.step
         self.bar.set_description_str(self.words, refresh=False)
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.refresh()
@@ -104,4 +102,5 @@ class Progress:
 
     def close(self):
         """Leaves the bar as it is."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -125,11 +125,10 @@ def run_summary(cfg, card):
     if card["state"] == "finished":  # without more steps it would only say so again
         words.append(f"collector.total_steps={2 * cfg.collector.total_steps}")
     there = [name for name in SHOWN if Path(place, name).exists()]
-    lines += [
-        f"in {place}: {', '.join(there)}",
-        f"go on:    python dreamer.py {' '.join(words)}",
-        f"evaluate: python dreamer.py {checkpoint} eval.episodes=10",
-    ]
+    lines.append(f"in {place}: {', '.join(there)}")
+    if card["state"] != "finished" or cfg.replay_buffer.keep:
+        lines.append(f"go on:    python dreamer.py {' '.join(words)}")
+    lines.append(f"evaluate: python dreamer.py {checkpoint} eval.episodes=10")
     if "eval_return" in card:
         lines.append(f"plot:     python benchmarks/plot.py {shlex.quote(place)}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from common.checkpoint import load_tensors
 from common.errors import DamageError, UserError
 
+DELETED = "deleted.txt"  # in place of the files of a replay that was not to be kept
 DROPPED = "dropped"  # in place of the checksum of an episode
 REMEDY = "checkpoint.drop_damaged=true goes on without it"
 UNDO = "[0-9]*.pt"  # not the hidden ones, of a write that was killed
@@ -51,9 +53,40 @@ def check_space(folder, needed):
     if needed > free:
         raise UserError(
             f"the replay needs {needed / 1e9:.2f} GB in {folder} and there are {free / 1e9:.2f} GB"
-            " free: lower replay_buffer.capacity, or choose another run_dir"
+            " free: lower replay_buffer.capacity, or give replay_buffer.directory=... on another"
+            " disk"
         )
     return free
+
+
+def place_rows(run_path, wanted):
+    """The directory of a run's rows, `replay` in its own; a link if another one is wanted.
+
+    Args:
+        wanted: `replay_buffer.directory`; the rows go to a new directory in it, named as the run.
+    """
+    place = run_path / "replay"
+    if not wanted:
+        return place
+    if place.exists() or place.is_symlink():
+        if not place.is_symlink() or place.resolve().parent != Path(wanted).resolve():
+            raise UserError(
+                f"replay_buffer.directory={wanted}: the replay of this run is in"
+                f" {place.resolve()}: leave this out, or move it and the link to it by hand"
+            )
+        return place
+    names = (f"{run_path.name}{suffix}" for suffix in ("", *(f".{n}" for n in range(2, 1000))))
+    target = next(path for path in (Path(wanted, name) for name in names) if not path.exists())
+    target.mkdir(parents=True)
+    place.symlink_to(target.resolve())
+    return place
+
+
+def delete_rows(place):
+    """Deletes the files of a replay, and leaves a note in their place."""
+    for path in (*place.glob("*.memmap"), *place.glob("undo/*")):
+        path.unlink()
+    (place / DELETED).write_text("The run has ended, and had replay_buffer.keep=false.\n")
 
 
 def reserve(path, size):

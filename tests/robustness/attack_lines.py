@@ -160,7 +160,7 @@ LINES = [
     ("optimization.horizon=1000000000", "lower "),
     (
         "collector.total_steps=1000000000000 replay_buffer.capacity=1000000000000",
-        "lower replay_buffer.capacity, or choose another run_dir",
+        "lower replay_buffer.capacity, or give replay_buffer.directory",
     ),
     # devices, tasks
     ("device=tpu", "error: device=tpu: "),

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import dreamer
 import dreamer_utils as utils
 from common.video import write_film
 from fingerprint import fingerprint
-from small_runs import SMALL, before_phase, configure, small
+from small_runs import ROOT, SMALL, before_phase, configure, small
 
 SHORT = ["collector.total_steps=160", "checkpoint.every=40", "eval.every=0", "name=one"]
 # 150 of 240 steps fit into the replay.
@@ -337,3 +338,79 @@ def test_the_doctor_finds_a_read_only_directory(read_only, capsys):
         assert not utils.Doctor(cfg, utils.make_env, dreamer.train).examine()
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "run_dir " in line]
         assert line.startswith("problem") and "ead-only file system" in line
+
+
+# The replay on another disk, or only for the time of the run
+
+
+def test_the_replay_may_lie_in_another_directory(tmp_path):
+    small(tmp_path / "whole", *SHORT)
+    small(tmp_path / "whole", *SHORT, "collector.total_steps=240")
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    there = f"replay_buffer.directory={elsewhere}"
+    small(run, *SHORT, there)
+    assert (run / "replay").resolve() == elsewhere / "run"
+    assert (elsewhere / "run" / "observation.memmap").stat().st_size > 0
+    small(run, *SHORT, there, "collector.total_steps=200")
+    small(run, *SHORT, "collector.total_steps=240")
+    assert fingerprint(run) == fingerprint(tmp_path / "whole")
+    sentence = refused(run, *SHORT, f"replay_buffer.directory={tmp_path / 'third'}")
+    assert f"the replay of this run is in {elsewhere / 'run'}" in sentence
+    before = contents(elsewhere)
+    small(tmp_path / "other" / "run", *SHORT, there)  # of the same name: nothing is shared
+    assert (tmp_path / "other" / "run" / "replay").resolve() == elsewhere / "run.2"
+    assert {path: before[path] for path in before} == contents(elsewhere / "run")
+
+
+def test_a_start_that_fails_leaves_nothing_in_the_other_directory(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+
+    def fail(*args):
+        raise utils.UserError("no evaluation today")
+
+    monkeypatch.setattr(dreamer, "make_evaluation", fail)
+    sentence = refused(tmp_path / "run", *SHORT, f"replay_buffer.directory={elsewhere}")
+    assert sentence == "no evaluation today"
+    assert not (tmp_path / "run").exists() and list(elsewhere.iterdir()) == []
+
+
+def test_a_replay_that_is_not_kept_is_deleted_when_the_run_has_ended(tmp_path, monkeypatch, capfd):
+    small(tmp_path / "whole", *SHORT)
+    run = tmp_path / "run"
+    weights, _ = small(run, *SHORT, "replay_buffer.keep=false")
+    assert "go on:" not in capfd.readouterr().out.rsplit("finished at", 1)[1]
+    assert [path.name for path in (run / "replay").rglob("*") if path.is_file()] == ["deleted.txt"]
+    files = contents(run)
+    sentence = refused(run, *SHORT, "collector.total_steps=400")
+    assert "its replay was deleted" in sentence and contents(run) == files
+    words = [f"eval.checkpoint={run}", "eval.episodes=1", "device=cpu", "logger.mode=disabled"]
+    cfg = configure(*words)
+    utils.evaluate_checkpoint(cfg, dreamer.make_agent, dreamer.make_evaluation)
+    parts = fingerprint(tmp_path / "whole")
+    assert {name: parts[name] for name in fingerprint(run)} == fingerprint(run)
+
+
+def test_a_replay_that_is_not_kept_is_there_until_the_run_has_ended(tmp_path):
+    small(tmp_path / "whole", *SHORT)
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_THE_MIDDLE, str(tmp_path / "run"), *SHORT],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ".:tests"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert list((tmp_path / "run" / "replay").glob("*.memmap"))
+    small(tmp_path / "run", *SHORT, "replay_buffer.keep=false")
+    assert not list((tmp_path / "run" / "replay").glob("*.memmap"))
+    parts = fingerprint(tmp_path / "whole")
+    assert {n: parts[n] for n in fingerprint(tmp_path / "run")} == fingerprint(tmp_path / "run")
+
+
+STOPPED_IN_THE_MIDDLE = """
+import os, signal, sys
+from small_runs import before_phase, small
+import pytest
+before_phase(pytest.MonkeyPatch(), 3, lambda collector: os.kill(os.getpid(), signal.SIGTERM))
+small(sys.argv[1], *sys.argv[2:], "replay_buffer.keep=false")
+"""

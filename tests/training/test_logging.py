@@ -127,7 +127,8 @@ def test_the_dashboard_has_what_the_file_says(watched):
         if kind == "history"
     ]
     for row in rows:
-        (shown,) = [h for h in history if h.get("environment_steps") == row["environment_steps"]]
+        step = row["environment_steps"]
+        (shown,) = [h for h in history if h.get("environment_steps") == step and "updates" in h]
         for key, value in row.items():
             assert shown[key] == pytest.approx(value, nan_ok=True), key
     sections = {key.split("/")[0] for row in history for key in row if "/" in key}
@@ -147,8 +148,24 @@ def test_the_dashboard_has_what_the_file_says(watched):
         "eval/evaluation_2": "video-file",
     }
 
+    shown_at = {
+        key.removesuffix("._type"): [h["environment_steps"] for h in history if key in h]
+        for key in (f"{name}._type" for name in media)
+    }
+    assert set(map(tuple, shown_at.values())) == {(80, 160, 240)}
+    for row in history:
+        if path := row.get("eval/dream.path"):
+            film = next((run / "wandb").glob(f"offline-run-*/files/{path}")).read_bytes()
+            own = run / "videos" / f"dream_{row['environment_steps']:09d}.mp4"
+            assert film == own.read_bytes(), "a film is shown at the step that it shows"
+
     metrics = [record.metric for kind, record in everything if kind == "metric"]
     assert any(m.glob_name == "*" and m.step_metric == "environment_steps" for m in metrics)
+    [returns] = [metric for metric in metrics if metric.name == "eval/return"]
+    assert returns.summary.max and returns.summary.last
+    [started] = [record.run for kind, record in everything if kind == "run"]
+    assert started.run_group == started.display_name.replace("-seed0", "")
+    assert list(started.tags) == ["cartpole-balance", "paper"]
 
     config = {}
     for kind, record in everything:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-import common.logger
+import common.dashboard
 import dreamer
 from common.errors import UserError
 from small_runs import SMALL, configure
@@ -20,7 +20,7 @@ def test_a_dashboard_that_does_not_answer_leaves_no_process_and_no_run(tmp_path,
         workers.extend(multiprocessing.active_children())
         raise UserError("wandb does not answer")
 
-    monkeypatch.setattr(common.logger, "start_wandb", fail)
+    monkeypatch.setattr(common.dashboard, "start_wandb", fail)
     flags = "env.n_parallel_envs=2", "logger.mode=offline"
     before = multiprocessing.active_children()
     # Kept, the error keeps all that was built: nothing ends only because nobody needs it.
