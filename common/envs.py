@@ -153,8 +153,8 @@ def make_gymnasium_env(cfg, seeds):
             super().close()
 
     try:
-        mode = "rgb_array" if cfg.from_pixels else None
-        env = GymnasiumEpisodes(gymnasium.make(cfg.name, render_mode=mode))
+        words = {"render_mode": "rgb_array"} if cfg.from_pixels else {}
+        env = GymnasiumEpisodes(gymnasium.make(cfg.name, **words))
     except Exception as error:  # unknown id, missing package: each backend raises its own kind
         reason = " ".join(str(error).split())
         raise UserError(f"env.name={cfg.name} cannot be made by gymnasium: {reason}") from None

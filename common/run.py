@@ -104,7 +104,7 @@ class Run:
             self.restore(name, part.load_state_dict)
         if not self.saved:
             self.save()
-            self.directory.write_config()
+        self.directory.write_config()  # also of a run that is prolonged
         self.started = True
         print(
             f"{'going on at' if self.step else 'training from'} step {self.step:,} on"

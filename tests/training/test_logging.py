@@ -3,12 +3,14 @@
 import json
 import re
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
+from common.dashboard import Dashboard
 from common.plots import published_curve
 from common.report import run_metadata
 from small_runs import ROOT, SMALL, configure, small
@@ -173,3 +175,36 @@ def test_the_dashboard_has_what_the_file_says(watched):
         config |= {key_of(update): json.loads(update.value_json) for update in updates}
     assert config["seed"] == 0 and config["env"]["name"] == "cartpole"
     assert config["run"]["versions"]["torch"] and "git_revision" in config["run"]
+
+
+def test_the_last_checkpoint_is_an_artifact_if_asked(tmp_path):
+    run = tmp_path / "run"
+    small(run, "logger.mode=offline", "logger.artifact=true", "eval.every=0")
+    path = min(run.glob("wandb/offline-run-*/*.wandb"))
+    found = [r.request.log_artifact.artifact for r in records(path) if "request" in str(r)[:9]]
+    found += [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
+    names = {entry.path for artifact in found for entry in artifact.manifest.contents}
+    assert names == {"checkpoint-000000000240.torchrl"}
+
+
+def test_one_chart_has_our_returns_and_the_published_points(monkeypatch):
+    cfg = configure("task=cartpole-balance")
+    logged = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+    dashboard = Dashboard.__new__(Dashboard)
+    dashboard.run, dashboard.step, dashboard.published = run, 110_000, published_curve(cfg.env)
+    history = [
+        {"environment_steps": 10_000, "eval/return": 136.0},
+        {"environment_steps": 11_000},
+        {"environment_steps": 110_000, "eval/return": 500.0},
+    ]
+    dashboard.log_returns(history)
+    [(values, step)] = logged
+    assert (values["environment_steps"], step) == (110_000, 110_001)
+    rows = values["eval/return_and_published"].table.data
+    lines = {key: [(x, y) for x, name, y in rows if name == key] for _, key, _ in rows}
+    assert lines["ours"] == [(10_000, 136.0), (110_000, 500.0)]
+    assert [x for x, _ in lines["published mean"]] == [5000, 105_000]
+    dashboard.published = None
+    dashboard.log_returns(history)
+    assert len(logged) == 1
