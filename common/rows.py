@@ -130,7 +130,14 @@ def restore_rows(directory, state, drop_damaged=False):
     Raises:
         DamageError: an episode is not what was saved. The files are as before: what is older can
             still be restored.
+        UserError: the replay was deleted when the run ended.
     """
+    if (directory / DELETED).exists():
+        raise UserError(
+            f"the run in {directory.parent} has ended and its replay was deleted"
+            " (replay_buffer.keep=false): eval.checkpoint=... still plays it, but it cannot go on;"
+            " choose another name=..."
+        )
     if set(state["layout"]) != set(NAMES):  # they become names of files
         raise DamageError("its layout is not ours")
     files, replaced = open_rows(directory, state["rows"], state["layout"]), []

@@ -19,7 +19,7 @@ from common.files import save_tensors
 from common.keys import flatten
 from common.opengl import no_opengl
 from common.report import run_summary, write_run_card
-from common.rows import DELETED, delete_rows, restore_rows
+from common.rows import delete_rows, restore_rows
 from common.signals import StopSignals
 
 with no_opengl():
@@ -64,12 +64,6 @@ class Run:
         """Takes over progress and rows of the replay of a checkpoint, if all is sound."""
         if missing := NEEDED - states.keys():
             raise self.other_version(f"there is no {min(missing)}")
-        if (self.path / "replay" / DELETED).exists():
-            raise UserError(
-                f"the run in {self.path} has ended and its replay was deleted"
-                " (replay_buffer.keep=false): eval.checkpoint=... still plays it, but it cannot go"
-                " on; choose another name=..."
-            )
         try:
             self.load_state_dict(states["progress"])
             resumed_episodes(0, self.cfg.env.n_parallel_envs, states["collector"])
