@@ -43,14 +43,14 @@ def task_of(name, task):
 def split_task(cfg):
     """Sets `env.name` and `env.task`, if `task` was given in one word."""
     typed = typed_overrides()
-    if OmegaConf.is_interpolation(cfg, "task"):
-        return
+    if OmegaConf.is_interpolation(cfg, "task") or not isinstance(cfg.task, str):
+        return  # what is no text at all is refused with all other wrong values
     for key in ("env.name", "env.task"):
         if key in typed:
             raise UserError(f"task={cfg.task} and {key}={typed[key]}: give one of them")
-    name, _, task = str(cfg.task).partition("-")
+    name, _, task = cfg.task.partition("-")
     if cfg.env.backend == "gymnasium":  # its names have hyphens of their own: HalfCheetah-v5
-        name, task = str(cfg.task), ""
+        name, task = cfg.task, ""
     cfg.env.name, cfg.env.task = name, task
 
 
@@ -65,7 +65,7 @@ def run_name(task, seed):
     changes = "-".join(f"{key.split('.')[-1]}{typed[key]}" for key in keys)
     if len(changes) > LONGEST:
         changes = hashlib.sha256(changes.encode()).hexdigest()[:8]
-    words = (word for word in (task, f"seed{seed}", changes) if word)
+    words = (word for word in (str(task), f"seed{seed}", changes) if word)
     return re.sub(r"[^\w.+-]+", "_", "-".join(words))
 
 
@@ -74,7 +74,7 @@ def run_name(task, seed):
 
 def values_of_run(values):
     """The configuration of the run in `values["resume"]`, under what was typed beside it."""
-    path, typed = Path(values["resume"]), typed_overrides()
+    path, typed = Path(str(values["resume"])), typed_overrides()
     if not (path / CONFIG_FILE).exists():
         raise UserError(f"resume={path} holds no run: `ls {path.parent}` shows what there is")
     for key in ("run_dir", "checkpoint.resume"):

@@ -199,7 +199,7 @@ def load_config(cfg):
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
-    if values.get("resume"):
+    if values.get("resume") and isinstance(values["resume"], str | int):
         values = values_of_run(values)
     return check_values(values)
 

@@ -53,8 +53,8 @@ def check_space(folder, needed):
     if needed > free:
         raise UserError(
             f"the replay needs {needed / 1e9:.2f} GB in {folder} and there are {free / 1e9:.2f} GB"
-            " free: lower replay_buffer.capacity, or give replay_buffer.directory=... on another"
-            " disk"
+            " free: lower replay_buffer.capacity, or choose another run_dir or"
+            " replay_buffer.directory"
         )
     return free
 

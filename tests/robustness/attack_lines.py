@@ -56,8 +56,12 @@ optimization.grad_clip 0 greater than 0
 BOOLEANS = """
 doctor env.from_pixels optimization.predict_discount eval.video checkpoint.resume
 checkpoint.overwrite checkpoint.lock checkpoint.drop_damaged logger.video logger.progress
+logger.artifact replay_buffer.keep
 """.split()
-STRINGS = "name run_dir device env.name env.task eval.checkpoint logger.project".split()
+STRINGS = """
+task name run_dir resume device env.name env.task replay_buffer.directory eval.checkpoint
+logger.project
+""".split()
 CHOICES = """
 env.backend 'dm_control' or 'gymnasium'
 optimization.autocast 'auto', 'false', 'true', 'bfloat16' or 'float16'
@@ -160,7 +164,7 @@ LINES = [
     ("optimization.horizon=1000000000", "lower "),
     (
         "collector.total_steps=1000000000000 replay_buffer.capacity=1000000000000",
-        "lower replay_buffer.capacity, or give replay_buffer.directory",
+        "lower replay_buffer.capacity, or choose another run_dir",
     ),
     # devices, tasks
     ("device=tpu", "error: device=tpu: "),
