@@ -35,12 +35,24 @@ def children_without_signals():
     threading.Thread(target=done.wait, daemon=True).start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # the first of them; it unblocks two signals again
+        start_resource_tracker()  # the first of them; it unblocks two signals again
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done.set()
+
+
+def start_resource_tracker():
+    """Starts multiprocessing's helper, which frees what a killed run leaves, without a warning."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def end_with(parent):

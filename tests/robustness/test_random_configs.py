@@ -1,7 +1,5 @@
 """Random configurations: what is valid trains, what is not is one sentence and no file."""
 
-import time
-
 import pytest
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
@@ -65,12 +63,11 @@ def test_a_valid_configuration_trains(tmp_path_factory, chosen):
 @FIXED
 @given(INVALID)
 def test_an_invalid_configuration_is_one_sentence_at_once(tmp_path, wrong):
-    start, run = time.monotonic(), tmp_path / "run"
+    run = tmp_path / "run"
     with pytest.raises(Exception) as caught:
         configure(*SMALL, f"run_dir={run}", f"{wrong[0]}={wrong[1]}")
     known = utils.UserError, HydraException
     assert isinstance(caught.value, known), caught.value
     if isinstance(caught.value, utils.UserError):
         assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 2
     assert not run.exists()
