@@ -7,8 +7,8 @@ A folder is a run, or holds runs. Runs that differ in nothing but their seed are
 mean over its seeds at the steps where all of them were evaluated, and the 95 % interval of that
 mean (bootstrap over the seeds) if there are several. Nothing is interpolated or extrapolated.
 
-The published points (common/published.csv: mean and range over 5 seeds, from pixels with an action
-repeat of 2) are the 100 runs that come with the official code, danijar/dreamer,
+The published points (common/published.csv: 5 seeds of each task, from pixels with an action repeat
+of 2) are the 100 runs that come with the official code, danijar/dreamer,
 scores/dreamer.json, MIT license: their author says that they were made with an earlier setting of
 the hyper-parameters (issue 55 there), so they are a guide, not a target.
 """

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,25 @@ from common.files import atomic_path
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 NEAR = 5_000  # environment steps, half of those between two evaluations
-PUBLISHED_COLUMNS = ("environment_steps", "mean", "lowest", "highest")
+
+
+def published_returns(env):
+    """The published returns of a task: {environment steps: [return of each seed]}, in order.
+
+    Empty where nothing was published.
+
+    Args:
+        env: the configuration's section `env`.
+    """
+    if env.backend != "dm_control":
+        return {}
+    task = f"{env.name}_{env.task}".replace("ball_in_cup", "cup")
+    returns = defaultdict(list)
+    with PUBLISHED.open() as file:
+        for row in csv.DictReader(file):
+            if row["task"] == task:
+                returns[int(row["environment_steps"])].append(float(row["return"]))
+    return dict(sorted(returns.items()))
 
 
 def published_curve(env):
@@ -20,15 +39,10 @@ def published_curve(env):
     Args:
         env: the configuration's section `env`.
     """
-    if env.backend != "dm_control":
-        return None
-    task = f"{env.name}_{env.task}".replace("ball_in_cup", "cup")
-    with PUBLISHED.open() as file:
-        rows = [
-            [float(row[column]) for column in PUBLISHED_COLUMNS]
-            for row in csv.DictReader(file)
-            if row["task"] == task
-        ]
+    rows = [
+        (step, np.mean(returns), min(returns), max(returns))
+        for step, returns in published_returns(env).items()
+    ]
     return np.array(rows) if rows else None
 
 
@@ -50,7 +64,7 @@ def published_metrics(env, curve, step):
     if curve is None or not is_published_setting(env):
         return {}
     near = curve[np.abs(curve[:, 0] - step) <= NEAR]
-    names = (f"eval/published_{name}" for name in PUBLISHED_COLUMNS[1:])
+    names = "eval/published_mean", "eval/published_lowest", "eval/published_highest"
     return dict(zip(names, near[0, 1:].tolist(), strict=True)) if len(near) else {}
 
 
