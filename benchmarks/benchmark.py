@@ -84,7 +84,7 @@ def return_at(returns, step):
 
 
 def compare(group):
-    """[(step, ours [seeds], published [seeds])] for the published steps that every seed reached."""
+    """[(step, ours [seeds], published [seeds])] at the published steps that every seed reached."""
     found = []
     for step, published in published_returns(group.runs[0].env).items():
         ours = [return_at(run.returns, step) for run in group.runs]
