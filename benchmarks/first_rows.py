@@ -19,7 +19,7 @@ from common.directory import CONFIG_FILE, read_config  # noqa: E402
 from common.files import COUNTERS, read_jsonl  # noqa: E402
 from common.keys import changes_learning, flatten  # noqa: E402
 
-DEFAULT = ROOT / "benchmarks" / "results" / "state-swingup" / "seed0"
+DEFAULT = ROOT / "benchmarks" / "first_rows"
 WATCHED = ("eval.every", "eval.episodes", "logger.every")  # they decide which rows there are
 
 
@@ -57,7 +57,7 @@ def main():
     """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, default=DEFAULT)
-    parser.add_argument("--steps", type=int, default=7_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     options = parser.parse_args()
     ours = read_jsonl(options.run / "metrics.jsonl", COUNTERS)
     if not ours or not (options.run / CONFIG_FILE).exists():
