@@ -1,6 +1,7 @@
 """The Slurm jobs of a sweep: which there are, and where their logs are."""
 
 import os
+import shutil
 
 from hydra.core.utils import filter_overrides
 from hydra.experimental.callback import Callback
@@ -13,12 +14,23 @@ class ShowSlurmJobs(Callback):
         """Before the jobs of a sweep are submitted."""
         if not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
             return
+        if shutil.which("sbatch") is None:
+            raise SystemExit(
+                "error: Slurm has no sbatch here: use hydra/launcher=box, or a login node"
+            )
         import submitit
+        from submitit.core.utils import FailedJobError
 
         submit = submitit.AutoExecutor.map_array
 
         def submit_and_show(executor, launcher, overrides, *others):
-            jobs = submit(executor, launcher, overrides, *others)
+            try:
+                jobs = submit(executor, launcher, overrides, *others)
+            except FailedJobError as error:
+                raise SystemExit(
+                    f"error: Slurm takes no job ({' '.join(str(error).split())}): change what"
+                    " launcher_slurm.yaml asks for with hydra.launcher.KEY=..., or try later"
+                ) from None
             print(describe_jobs(jobs, overrides), flush=True)
             return jobs
 

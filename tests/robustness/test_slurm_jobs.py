@@ -29,9 +29,24 @@ def test_each_job_has_a_line_with_its_id_what_it_changes_and_its_log():
 
 @pytest.mark.parametrize(("target", "shown"), [(SLURM, True), ("BasicLauncher", False)])
 def test_only_slurm_jobs_are_shown_when_they_are_submitted(monkeypatch, capsys, target, shown):
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
     monkeypatch.setattr(submitit.AutoExecutor, "map_array", lambda *_: [job(0)])
     launcher = SimpleNamespace(_target_=target)
     ShowSlurmJobs().on_multirun_start(SimpleNamespace(hydra=SimpleNamespace(launcher=launcher)))
     jobs = submitit.AutoExecutor.map_array(None, "launcher", [["seed=0"]], ["hydra.sweep.dir"])
     assert [each.job_id for each in jobs] == ["7_0"]
     assert ("job 7_0: seed=0, log" in capsys.readouterr().out) == shown
+
+
+@pytest.mark.parametrize("path", [None, "/usr/bin/sbatch"])
+def test_a_slurm_that_is_not_there_or_refuses_is_one_sentence(monkeypatch, path):
+    def refuse(*_):
+        raise submitit.core.utils.FailedJobError("sbatch: error: Unable to contact")
+
+    monkeypatch.setattr("shutil.which", lambda _: path)
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", refuse)
+    launcher = SimpleNamespace(_target_=SLURM)
+    config = SimpleNamespace(hydra=SimpleNamespace(launcher=launcher))
+    with pytest.raises(SystemExit, match="error: Slurm (has no sbatch|takes no job)"):
+        ShowSlurmJobs().on_multirun_start(config)
+        submitit.AutoExecutor.map_array(None, "launcher", [["seed=0"]])
