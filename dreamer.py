@@ -442,6 +442,8 @@ def main(cfg):
         if cfg.doctor:
             if not utils.Doctor(cfg, utils.make_env, train).examine():
                 raise utils.end_of_job("error: the doctor found a problem")
+        elif cfg.export:
+            utils.export_agent(cfg)
         elif cfg.eval.checkpoint:
             utils.evaluate_checkpoint(cfg, make_agent, make_evaluation)
         else:

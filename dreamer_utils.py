@@ -13,6 +13,7 @@ import torch
 from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
 
+from common.agents import export_agent, find_checkpoint, take_over_config
 from common.command_line import end_of_job
 from common.config import load_config, register_configs
 from common.dashboard import check_wandb
@@ -35,7 +36,7 @@ from common.episodes import (
     workers_of,
 )
 from common.errors import UserError, user_message
-from common.evaluation import Evaluation, find_checkpoint, take_over_config, write_evaluation
+from common.evaluation import Evaluation, write_evaluation
 from common.layers import Deconvolution, FullPrecision
 from common.logger import Logger
 from common.memory import check_memory
@@ -58,6 +59,7 @@ __all__ = [  # what dreamer.py takes from common/ as it is
     "UserError",
     "compile_steps",
     "end_of_job",
+    "export_agent",
     "load_config",
     "make_autocast",
     "register_configs",

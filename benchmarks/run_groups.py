@@ -82,9 +82,9 @@ class Group:
 def run_directories(folders):
     """The folders that are runs, and the runs in those that are not; each one once."""
     found = {}
-    for folder in folders:
+    for folder in filter(Path.is_dir, folders):  # a sweep leaves a multirun.yaml among its runs
         inside = [folder] if (folder / "metrics.jsonl").exists() else sorted(folder.iterdir())
-        for path in inside if folder.is_dir() else ():
+        for path in inside:
             if (path / "metrics.jsonl").exists() and (path / "config.yaml").exists():
                 found[path.resolve()] = path
     return list(found.values())

@@ -4,6 +4,7 @@ TorchRL writes them (manifest, rotation, atomic rename). Reading is ours, becaus
 back to a pickle where a file is missing, and a pickle from a stranger runs code.
 """
 
+import contextlib
 import io
 import os
 import pickle
@@ -49,26 +50,41 @@ def save_checkpoint(directory, keep, step, metadata, parts):
     Returns:
         the metadata of all checkpoints that are kept.
     """
+    checkpoint = make_archive(parts)
+    rotation = CheckpointRotation(directory, keep_last=keep)
+    remedy = "free some space; the same command then goes on from the one before"
+    with full_disks(f"the checkpoint of step {step} could not be written to {directory}", remedy):
+        check_written(rotation.save(checkpoint, step=step, metadata=metadata))
+    return [Checkpoint.manifest(path)["metadata"] for path in rotation.checkpoints()]
+
+
+def make_archive(parts):
+    """TorchRL's writer of one file with the states of `parts`."""
     checkpoint = Checkpoint(format="archive")
     for name, part in parts.items():
         checkpoint.register(name, part, adapter=StateDictCheckpointAdapter("torch"))
-    rotation = CheckpointRotation(directory, keep_last=keep)
+    return checkpoint
+
+
+def check_written(path):
+    """Sees to it that a file is on the disk, and is what was written."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        os.fsync(file.fileno())
+        if archive.testzip():
+            raise OSError(5, "what was read back is not what was written")
+
+
+@contextlib.contextmanager
+def full_disks(what, remedy):
+    """`UserError` "WHAT (reason): REMEDY" for what a disk does to the writer of an archive."""
     try:
-        path = rotation.save(checkpoint, step=step, metadata=metadata)
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            os.fsync(file.fileno())
-            if archive.testzip():
-                raise OSError(5, "what was read back is not what was written")
+        yield
     except (OSError, RuntimeError) as error:
         # So does PyTorch's writer name itself when it meets a full disk; others are mistakes here.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk took only a part of it"
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {directory} ({reason}): free"
-            " some space; the same command then goes on from the one before"
-        ) from None
-    return [Checkpoint.manifest(path)["metadata"] for path in rotation.checkpoints()]
+        raise UserError(f"{what} ({reason}): {remedy}") from None
 
 
 def read_checkpoint(path, names=None):
@@ -160,14 +176,15 @@ def newest_whole_checkpoint(paths, check=None):
         paths: in the order in which they are tried.
         check: a function of the states that raises `DamageError`.
     """
-    for path in paths:
+    for number, path in enumerate(paths, 1):
         try:
             metadata, states = read_checkpoint(path)
             if check:
                 check(states)
             return path, metadata, states
         except DamageError as error:
-            print(f"checkpoint {path} cannot be used ({error}): trying the one before")
+            then = ": trying the one before" if number < len(paths) else ""
+            print(f"checkpoint {path} cannot be used ({error}){then}")
     tried = f"none of {', '.join(str(path) for path in paths)}" if paths else "no checkpoint"
     raise UserError(
         f"{tried} can be loaded: restore one from a backup, or start anew with another name=..."

@@ -50,6 +50,14 @@ def check_combinations(config):
             "resume=... trains and eval.checkpoint=... evaluates: give one of them",
         ),
         (
+            not (config.export and (config.resume or config.eval.checkpoint)),
+            "export=... only writes a file: leave out resume=... and eval.checkpoint=...",
+        ),
+        (
+            config.export or not config.export_dir,
+            "export_dir=... needs export=RUN, which says whose agent goes there",
+        ),
+        (
             config.eval.checkpoint or not (config.eval.video or config.eval.dream_episode),
             "eval.video and eval.dream_episode need eval.checkpoint=...; films of training come"
             " with logger.video=true",

@@ -165,6 +165,8 @@ class Config(Section):
     name: NotEmpty
     run_dir: NotEmpty
     resume: str = ""
+    export: str = ""
+    export_dir: str = ""
     seed: Seed
     doctor: bool
     device: str

@@ -7,20 +7,15 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
-from common.command_line import typed_overrides
-from common.config import check_values
 from common.device import one_thread
 from common.dream import draw_dream
 from common.errors import UserError, first_line
 from common.files import atomic_write
 from common.frames import CONTEXT, dream_frames, evaluation_frames, open_loop_frames
-from common.keys import changes_learning, flatten, set_key
 from common.video import frames_per_second, write_film
 
 DREAM_ROWS = 45  # of a dream that is drawn from a chosen step
@@ -166,45 +161,6 @@ class Evaluation:
         """Ends the environment."""
         if not self.env.is_closed:
             self.env.close()
-
-
-# A checkpoint that is only evaluated
-
-
-def find_checkpoint(name):
-    """The path, the metadata and the states of a checkpoint, or of a run's newest whole one."""
-    path = Path(name)
-    if not path.exists():
-        raise UserError(
-            f"eval.checkpoint={path} does not exist: `ls runs/*/checkpoints` shows what there is"
-        )
-    if path.is_dir() and not (path / "checkpoints").is_dir():
-        raise UserError(
-            f"eval.checkpoint={path} holds no checkpoints: name a run directory, or a"
-            " file in its checkpoints/"
-        )
-    return newest_whole_checkpoint(
-        checkpoint_paths(path / "checkpoints") if path.is_dir() else [path]
-    )
-
-
-def take_over_config(cfg, saved):
-    """The configuration that a checkpoint was trained with, and the rest from `cfg`.
-
-    `UserError` if the command line says something else, or the checkpoint something impossible.
-    """
-    typed = typed_overrides()
-    wrong = [f"{key}={typed[key]}" for key in typed if key == "task" or changes_learning(key)]
-    if wrong:
-        raise UserError(
-            f"{', '.join(wrong)}: eval.checkpoint brings its own configuration: leave this out"
-        )
-    for key in flatten(cfg):
-        if changes_learning(key):
-            if key not in saved:
-                raise UserError(f"the checkpoint knows no {key}: it comes from another version")
-            set_key(cfg, key, saved[key])
-    return check_values(cfg.model_dump(), "the checkpoint says ")
 
 
 def write_evaluation(cfg, evaluation, path, step):

@@ -8,6 +8,8 @@ MAY_CHANGE = (
     "name",
     "run_dir",
     "resume",
+    "export",
+    "export_dir",
     "device",
     "doctor",
     "collector.total_steps",

@@ -73,6 +73,9 @@ class StopSignals:
 
     def __init__(self):
         self.received, self.handlers = None, {}
+        # Slurm signals every process of a job, and the helper must outlive what it cleans up.
+        with children_without_signals():
+            pass  # to start it is enough
 
     def listen(self):
         """Takes the signals over; only the main thread may."""

@@ -1,6 +1,9 @@
 """Runs of the real training loop that take seconds: short episodes, small networks."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -46,6 +49,17 @@ def small(run_dir, *overrides):
     for parameter in agent.state_dict().values():
         digest.update(parameter.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest(), read_jsonl(Path(run_dir) / "metrics.jsonl")
+
+
+def run_command(*words):
+    """`python dreamer.py WORDS`, as a user types it."""
+    return subprocess.run(
+        [sys.executable, "dreamer.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
 
 
 def before_phase(patch, number, fault):

@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+import yaml
 
 from small_runs import ROOT, SMALL, configure
 
@@ -76,12 +77,34 @@ def test_every_command_has_a_valid_configuration(arguments):
         at = words.index("--config-name")
         name = words[at + 1]
         words = words[:at] + words[at + 2 :]
-    words = [word for word in words if not word.startswith("resume=")]  # there is no such run here
+    there_is_no_such_run = "resume=", "export="
+    words = [word for word in words if not word.startswith(there_is_no_such_run)]
     assert configure(*words, name=name).run_dir.startswith("runs/")
 
 
+def test_the_page_begins_with_the_clone_and_the_activation():
+    """So that no later command ends at `python: command not found`."""
+    first = README.index("python dreamer.py", README.index("## Install"))
+    clone, activation = README.index("git clone"), README.index(". .venv/bin/activate")
+    assert clone < activation < first
+    assert "On a GPU nothing has been measured" in README[:clone]
+
+
+def test_every_script_that_is_named_exists():
+    scripts = set(re.findall(r"python ((?:benchmarks|tests)/[\w/]+\.py)", TEXT))
+    assert len(scripts) >= 4
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_the_citation_names_the_paper_and_the_license():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = cff["preferred-citation"]
+    assert cff["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+    assert paper["title"] in " ".join(README.split()) and paper["year"] == 2020
+
+
 def test_the_training_command_trains(tmp_path):
-    line = r"\.venv/bin/python (dreamer\.py --config-name config_laptop)$"
+    line = r"^python (dreamer\.py --config-name config_laptop) "
     command = re.search(line, README, re.MULTILINE)
     small = [word for word in SMALL if not word.startswith(("env.name", "env.task", "env.from"))]
     flags = [*small, f"run_dir={tmp_path / 'run'}", "logger.video=true", "logger.mode=offline"]

@@ -59,8 +59,8 @@ checkpoint.overwrite checkpoint.lock checkpoint.drop_damaged logger.video logger
 logger.artifact replay_buffer.keep
 """.split()
 STRINGS = """
-task name run_dir resume device env.name env.task replay_buffer.directory eval.checkpoint
-logger.project
+task name run_dir resume export export_dir device env.name env.task replay_buffer.directory
+eval.checkpoint logger.project
 """.split()
 CHOICES = """
 env.backend 'dm_control' or 'gymnasium'
@@ -204,6 +204,15 @@ LINES = [
     ("eval.checkpoint={here}/loop", "error: "),
     ("eval.checkpoint={here}/broken", "does not exist"),
     ("eval.checkpoint=" + "x" * 300, "error: "),
+    # export
+    ("export=nothing", "error: export=nothing does not exist"),
+    ("export={here}", "error: export=.*here holds no checkpoints: name a run directory"),
+    ("export={here}/file", "error: .*can be loaded"),
+    ("export_dir={here}/agent", "error: export_dir=... needs export=RUN"),
+    ("export={run} eval.checkpoint={run} ONLY", "error: export=... only writes a file"),
+    ("export={run} export_dir={here}/file ONLY", "error: .*file"),
+    ("export={run} export_dir=/proc/agent ONLY", "error: /proc/agent/agent.torchrl could not"),
+    ("export={run} seed=3 ONLY", "error: seed=3: export brings its own configuration"),
     # a run that is there
     ("run_dir={run} checkpoint.resume=false", "holds a run: checkpoint.resume=true goes on"),
     ("run_dir={run} checkpoint.resume=false checkpoint.overwrite=true env.task=fly", "choose one"),

@@ -83,6 +83,21 @@ def test_a_signal_to_the_whole_group_saves_with_several_copies(tmp_path, two_cop
     assert fingerprint(tmp_path / "run") == two_copies
 
 
+@pytest.mark.parametrize("name", ["USR2", "HUP"])
+def test_a_signal_to_the_whole_group_of_a_run_with_one_copy_leaves_no_noise(tmp_path, name):
+    """Slurm signals every process of a job, multiprocessing's helper too."""
+    steps = "collector.total_steps=40000", "checkpoint.every=20000"
+    process = start(tmp_path / "run", *steps)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or rows.exists() and "eval" in rows.read_text())
+    os.killpg(process.pid, signal.Signals[f"SIG{name}"])
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.Signals[f"SIG{name}"], said
+    lines = [line for line in said.splitlines() if line]
+    assert [line.split(":")[0] for line in lines] == [f"SIG{name}", lines[-1].split(":")[0]], said
+    assert "the same command goes on" in lines[-1]
+
+
 def test_a_stopped_worker_ends_in_a_sentence_and_not_in_a_hang(tmp_path, monkeypatch):
     """Within `ANSWER_SECONDS`, while TorchRL alone would wait for hours."""
     assert utils.ANSWER_SECONDS <= 600

@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,10 @@ from PIL import Image
 
 import dreamer
 import dreamer_utils as utils
+from common.agents import find_checkpoint
 from common.errors import UserError
-from common.evaluation import find_checkpoint
 from common.frames import COLORS
-from small_runs import ROOT, SMALL, configure
+from small_runs import SMALL, configure, run_command
 from watched_run import frames_of
 
 
@@ -30,17 +27,6 @@ def evaluate(checkpoint, *overrides):
     path, metadata, _ = find_checkpoint(checkpoint)
     folder = path.parents[1] / f"evaluation_{metadata['step']:09d}"
     return folder, json.loads((folder / f"{cfg.eval.episodes}_episodes.json").read_text())
-
-
-def run_command(*words):
-    """`python dreamer.py WORDS`, as a user types it."""
-    return subprocess.run(
-        [sys.executable, "dreamer.py", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "200"},
-    )
 
 
 def test_a_checkpoint_gives_what_training_saw_to_the_bit(watched):

@@ -65,6 +65,14 @@ def test_plot_takes_folders_and_puts_seeds_and_settings_into_groups(watched, tmp
     assert imread(out[0]).std() > 0.05 and out[1].read_bytes().startswith(b"%PDF")
 
 
+def test_plot_takes_all_that_a_sweep_leaves(watched, tmp_path):
+    """`plot.py runs/*` meets Hydra's multirun.yaml and the logs of jobs."""
+    (tmp_path / "multirun.yaml").write_text("hydra: {}\n")
+    (tmp_path / "run").symlink_to(watched[0])
+    [group] = run_groups.read_groups(sorted(tmp_path.iterdir()), say=print)
+    assert len(group.runs) == 1
+
+
 def test_plot_never_makes_up_an_evaluation(watched, tmp_path):
     """A mean is drawn where every seed was evaluated, and nowhere else."""
     first = copy_of(watched[0], tmp_path / "a", {10: 1.0, 20: 2.0, 30: 3.0}, seed=0)
