@@ -7,7 +7,7 @@ import torch
 
 import dreamer
 import dreamer_utils as utils
-from common.device import make_autocast, resolve_precision
+from common.device import make_autocast, resolve_precision, tune_process
 from small_runs import SMALL, configure, small
 
 CPU = torch.device("cpu")
@@ -103,6 +103,23 @@ def test_autocast_names():
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
     assert resolve_precision("float16", CPU) == torch.float16
     assert resolve_precision("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("size", [16, 320])
+def test_float32_products_are_float32_on_every_processor(size):
+    """With matrix tiles (AMX) PyTorch's "medium" would round them to bfloat16: 2e-3."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        tune_process(torch.device("cpu"))
+        x = torch.randn(size, size, requires_grad=True)
+        layer = torch.nn.Linear(size, size)
+        exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        layer(x).sum().backward()
+        column = layer.weight.double().sum(0).expand(size, size)
+        for got, wanted in ((layer(x), exact), (x.grad, column)):
+            assert (got - wanted).norm() < 1e-5 * wanted.norm()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
