@@ -516,6 +516,7 @@ def make_replay(cfg, env, run, device):
 
 def make_evaluation(cfg, agent, policy_fn, diagnostics):
     """Evaluation in an environment of its own, with the densest of 100 actions."""
+    cfg = cfg.as_evaluated()
     seeds = EpisodeSeeds(cfg.seed, EVALUATION)
     env = build_env(cfg, [seeds])
     policy = Policy(agent, policy_fn, samples=(100,))

@@ -36,8 +36,9 @@ class RunCurve:
 
     @property
     def env(self):
-        """The configuration's section `env`."""
+        """The configuration's section `env`, with the time limit of evaluation."""
         section = {key[4:]: value for key, value in self.config.items() if key[:4] == "env."}
+        section["time_limit"] = self.config.get("eval.time_limit") or section["time_limit"]
         return SimpleNamespace(**section)
 
     @property
@@ -50,6 +51,7 @@ class RunCurve:
         """What changes learning, but for the task and the seed, as something to compare."""
         skipped = (*TASK_KEYS, "seed")
         kept = {key: value for key, value in self.config.items() if changes_learning(key)}
+        kept["eval.time_limit"] = self.env.time_limit
         return tuple(sorted((key, str(kept[key])) for key in kept if key not in skipped))
 
 

@@ -74,6 +74,7 @@ def take_over_config(cfg, saved, source="eval.checkpoint"):
             if key not in saved:
                 raise UserError(f"the checkpoint knows no {key}: it comes from another version")
             set_key(cfg, key, saved[key])
+    cfg.eval.time_limit = cfg.eval.time_limit or saved.get("eval.time_limit", 0)
     return check_values(cfg.model_dump(), "the checkpoint says ")
 
 
@@ -117,7 +118,8 @@ def export_agent(cfg):
     target = folder / AGENT_FILE
     if target.exists():
         raise UserError(f"{target} exists: delete it, or choose another export_dir=...")
-    about = {"step": metadata["step"], "config": decisive(cfg)}
+    played = {"eval.time_limit": cfg.eval.time_limit}
+    about = {"step": metadata["step"], "config": decisive(cfg) | played}
     remedy = "free some space, or choose another export_dir=..."
     with full_disks(f"{target} could not be written", remedy):
         check_written(make_archive({"agent": HalfPrecision(state)}).save(target, metadata=about))

@@ -21,6 +21,11 @@ def check_combinations(config):
             f" env.action_repeat={env.action_repeat}",
         ),
         (
+            config.eval.time_limit % env.action_repeat == 0,
+            f"eval.time_limit={config.eval.time_limit} is no multiple of"
+            f" env.action_repeat={env.action_repeat}",
+        ),
+        (
             replay.batch_length <= rows,
             "replay_buffer.batch_length is longer than an episode, which"
             f" has {rows} rows: lower it, or raise env.time_limit",

@@ -129,6 +129,7 @@ class Eval(Section):
 
     every: NonNegativeInt
     episodes: PositiveInt
+    time_limit: NonNegativeInt = 0  # runs of earlier versions do not say it
     checkpoint: str
     video: bool
     dream_episode: NonNegativeInt
@@ -178,6 +179,11 @@ class Config(Section):
     eval: Eval
     checkpoint: CheckpointConfig
     logger: LoggerConfig
+
+    def as_evaluated(self):
+        """The same with `env.time_limit` of the episodes of evaluation."""
+        limit = self.eval.time_limit or self.env.time_limit
+        return self.model_copy(update={"env": self.env.model_copy(update={"time_limit": limit})})
 
 
 def register_configs():

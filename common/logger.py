@@ -59,6 +59,7 @@ class Logger:
         self.estimate_due = device.type == "cpu"
         self.files = {key: RowFile(directory / name) for key, name in FILES.items()}
         self.published, self.artist = published_curve(cfg.env), Artist()
+        self.played = cfg.as_evaluated().env
         self.history = [
             row
             for row in read_jsonl(directory / FILES["metrics"], COUNTERS)
@@ -66,7 +67,7 @@ class Logger:
         ]
         self.wandb, self.wandb_id = None, saved and saved["wandb_id"]
         if cfg.logger.mode != "disabled":
-            comparable = self.published if is_published_setting(cfg.env) else None
+            comparable = self.published if is_published_setting(self.played) else None
             self.wandb = Dashboard(cfg, directory, self.wandb_id, metadata, comparable)
             self.wandb_id = self.wandb.id
         self.progress = Progress(cfg, step, updates)
@@ -173,7 +174,7 @@ class Logger:
         if self.evaluation is None:
             return {}, {}
         curves = self.evaluation.curves
-        metrics = self.evaluation.metrics | published_metrics(self.cfg.env, self.published, step)
+        metrics = self.evaluation.metrics | published_metrics(self.played, self.published, step)
         return metrics, {
             name: [float(f"{x:.5g}") for x in curve] for name, curve in curves.items()
         }

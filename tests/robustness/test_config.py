@@ -205,6 +205,7 @@ def test_every_line_of_the_configuration_has_a_comment():
             "replay_buffer.batch_size=0: it should be greater than 0",
         ),
         ("env.action_repeat=3", "env.time_limit=1000 is no multiple of env.action_repeat=3"),
+        ("eval.time_limit=501", "eval.time_limit=501 is no multiple of env.action_repeat=2"),
         ("collector.random_steps=10", "collector.random_steps does not fill an episode"),
         ("collector.random_steps=10", "raise it to 1000"),
         ("collector.random_steps=1000 env.n_parallel_envs=2", "raise it to 2000"),

@@ -16,7 +16,7 @@ import dreamer_utils as utils
 from common.agents import find_checkpoint
 from common.errors import UserError
 from common.frames import COLORS
-from small_runs import SMALL, configure, run_command
+from small_runs import SMALL, configure, run_command, small
 from watched_run import frames_of
 
 
@@ -39,6 +39,21 @@ def test_a_checkpoint_gives_what_training_saw_to_the_bit(watched):
         seen = {key: row[key] for key in numbers if key != "returns"}
         assert {key: numbers[key] for key in seen} == seen
         assert set(numbers) - {"returns"} >= {"eval/return", "behavior/return_gap"}
+
+
+def test_evaluation_has_a_time_limit_of_its_own(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "exported"
+    weights, rows = small(run, "eval.time_limit=60")
+    assert {row["train/length"] for row in rows if "train/length" in row} == {40}
+    assert {row["eval/length"] for row in rows if "eval/length" in row} == {60}
+    assert weights == small(tmp_path / "without")[0]
+    utils.export_agent(configure(f"export={run}", f"export_dir={folder}"))
+    for checkpoint in (run, folder):
+        cfg = configure(f"eval.checkpoint={checkpoint}", "device=cpu")
+        utils.evaluate_checkpoint(cfg, dreamer.make_agent, dreamer.make_evaluation)
+        [path] = checkpoint.glob("evaluation_*/1_episodes.json")
+        assert json.loads(path.read_text())["eval/length"] == 60
+    assert evaluate(run, "eval.time_limit=20")[1]["eval/length"] == 20
 
 
 def test_more_episodes_begin_with_the_same_ones(watched):
