@@ -19,7 +19,6 @@ would lie inside as well. The column `would see` is the smallest loss that is ca
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # a script finds modules in its own directory onl
 
 from common.keys import changes_learning, flatten  # noqa: E402
 from common.plots import NEAR, is_published_setting, published_returns  # noqa: E402
+from markdown_tables import markdown_table, put_into_readme  # noqa: E402
 from run_groups import TASK_KEYS, read_groups  # noqa: E402
 
 SPACING = 100_000  # environment steps between two published points
@@ -136,8 +136,7 @@ def table(groups, every_step, say):
         if not found:
             say(f"left out: {group.task}: no seed, or not every one, has reached a published step")
         rows += [row(group.task, *each) for each in (found if every_step else found[-1:])]
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+    return markdown_table(COLUMNS, rows)
 
 
 def main():
@@ -158,9 +157,7 @@ def main():
     text = text or "No run with the settings of `config.yaml` has reached a published step yet."
     print(text)
     if options.readme:
-        path, (start, end) = ROOT / "README.md", map(re.escape, MARKS)
-        inside = "\n".join((MARKS[0], text, MARKS[1]))
-        path.write_text(re.sub(f"{start}.*?{end}", lambda _: inside, path.read_text(), flags=re.S))
+        put_into_readme(MARKS, text)
 
 
 if __name__ == "__main__":

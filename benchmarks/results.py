@@ -7,11 +7,12 @@ section on results. Returns of random actions come from benchmarks/results/rando
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+
+from markdown_tables import markdown_table, put_into_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python benchmarks/results.py benchmarks/results/*/ --readme"
@@ -78,8 +79,7 @@ def table(folders, random):
             if "eval_return" in card and card.get("state", "finished") == "finished":
                 groups[folder.name, card["task"]].append(card)
     rows = [row(*key, cards, random) for key, cards in groups.items()]
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+    return markdown_table(COLUMNS, rows)
 
 
 def main():
@@ -93,9 +93,7 @@ def main():
         parser.error("none of these holds the run.json of a finished run with an evaluation")
     print(text)
     if options.readme:
-        path, (start, end) = ROOT / "README.md", map(re.escape, MARKS)
-        inside = "\n".join((MARKS[0], text, MARKS[1]))
-        path.write_text(re.sub(f"{start}.*?{end}", lambda _: inside, path.read_text(), flags=re.S))
+        put_into_readme(MARKS, text)
 
 
 if __name__ == "__main__":
