@@ -18,8 +18,10 @@ from common.command_line import end_of_job
 from common.config import load_config, register_configs
 from common.dashboard import check_wandb
 from common.device import (
+    bring_together,
     compile_steps,
     make_autocast,
+    move_together,
     resolve_device,
     resolve_precision,
     tune_process,
@@ -37,7 +39,7 @@ from common.episodes import (
 )
 from common.errors import UserError, user_message
 from common.evaluation import Evaluation, write_evaluation
-from common.layers import Deconvolution, FullPrecision
+from common.layers import Deconvolution, FullPrecision, GRUCell
 from common.logger import Logger
 from common.memory import check_memory
 from common.opengl import no_opengl, prepare_gl
@@ -120,6 +122,7 @@ def make_prior(net, action_dim):
     prior = TransitionModel(
         torch.zeros(action_dim), units, units, net.state_dim, action_dim=action_dim
     )
+    prior.rnn = GRUCell.like(prior.rnn)
     prior.rnn_to_prior_projector[-1] = latent_gaussian(net.min_std)
     return prior
 
@@ -303,14 +306,15 @@ class Optimizer:
         """Clips the gradients, steps, and returns their norm before the clip."""
         self.scaler.unscale_(self.adam)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        overflowed = self.scaler.is_enabled() and not norm.isfinite()  # such a step is skipped
+        # Such a step is skipped. Only float16 waits here for a GPU: eps is a number of the CPU.
+        overflowed = self.scaler.is_enabled() and not norm.isfinite()
         for group in self.adam.param_groups:  # Keras adds eps before the bias correction
             group["steps"] = group.get("steps", 0) + (not overflowed)
             steps = max(group["steps"], 1)
             group["eps"] = self.eps / math.sqrt(1 - group["betas"][1] ** steps)
         self.scaler.step(self.adam)
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:
+        if overflowed and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:
             raise UserError(
                 "float16: gradients overflow whatever the loss scale, so nothing is learned any"
                 " more: use optimization.autocast=bfloat16 or false; the same command otherwise"
@@ -427,6 +431,8 @@ def close_env(env):
 class Policy(TensorDictModuleBase):
     """A TorchRL policy from a function of the paper; the memory travels with the environment.
 
+    Noise is drawn on the CPU, so that a GPU gets one tensor for each step, and gives one back.
+
     Args:
         policy_fn: (agent, observation, previous action, state, belief, noise, **settings) ->
             (action, state, belief), all [n, ...].
@@ -448,25 +454,34 @@ class Policy(TensorDictModuleBase):
     @torch.compiler.set_stance("force_eager")  # a single step is not worth another compilation
     def forward(self, tensordict):
         """One step of all environments."""
-        lead, size = tensordict.batch_size, self.agent.world_model.sizes
-        device, n = self.agent.world_model.device, lead.numel()
-        inputs = [tensordict[key].to(device) for key in self.in_keys]
-        inputs = inputs if lead else [value[None] for value in inputs]
+        lead = tensordict.batch_size
+        n = lead.numel()
+        inputs = {key: tensordict[key] for key in self.in_keys}
+        inputs = inputs if lead else {key: value[None] for key, value in inputs.items()}
+        action, *memory = self.ask_agent(inputs, self.draw_noise(n))
+        if self.random_steps > 0:
+            action = torch.rand_like(action) * 2 - 1
+            self.random_steps -= n
+        for key, value in zip(self.out_keys, (action, action, *memory), strict=True):
+            tensordict.set(key, value.reshape(*lead, -1))
+        return tensordict
+
+    def draw_noise(self, n):
+        """The standard normal noise of one step of n environments, on the CPU."""
+        size = self.agent.world_model.sizes
         shapes = {
             "prior": (n, size["state"]),
             "posterior": (n, size["state"]),
             "action": (*self.samples, n, size["action"]),
             "exploration": (n, size["action"]),
         }
-        noise = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
-        action, state, belief = self.policy_fn(self.agent, *inputs, noise, **self.settings)
-        if self.random_steps > 0:
-            action = torch.rand_like(action) * 2 - 1
-            self.random_steps -= n
-        outputs = action, action, state, belief
-        for key, value in zip(self.out_keys, outputs, strict=True):
-            tensordict.set(key, value.reshape(*lead, -1).cpu())
-        return tensordict
+        return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def ask_agent(self, inputs, noise):
+        """action, state, belief [n, ...] on the CPU, of inputs and noise there."""
+        there = move_together(inputs | noise, self.agent.world_model.device)
+        noise = {name: there.pop(name) for name in noise}
+        return bring_together(self.policy_fn(self.agent, *there.values(), noise, **self.settings))
 
     def state_dict(self):
         """What the policy counts; the agent is saved on its own."""

@@ -81,15 +81,18 @@ def route_float32_products():
 
 
 def tune_process(device):
-    """Process-wide switches for speed.
+    """Process-wide switches for speed, and the GPU that PyTorch takes where none is named.
 
     On a CPU freed memory is kept (a fresh page costs more than the arithmetic on it; 2 to 4 GB
-    stay resident), and float32 products go through oneDNN. On CUDA they are in TF32.
+    stay resident), and float32 products go through oneDNN. On CUDA they are in TF32, and the
+    fastest convolution is looked for once for each shape.
     """
     if device.type == "cpu":
         route_float32_products()
     else:
+        torch.cuda.set_device(device)  # else pinned memory would open the first GPU as well
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if device.type == "cpu" and hasattr(libc, "mallopt"):  # glibc only
         trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
@@ -133,3 +136,52 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def fork_rng(device):
+    """Random numbers drawn inside leave the generators of the CPU and of `device` as they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+# --- Copies between the CPU and a GPU ------------------------------------------------------------
+def move_together(tensors, device):
+    """{name: tensor on the CPU} -> the same on `device`, in one copy to a GPU."""
+    if device.type == "cpu":
+        return tensors
+    # The widest numbers first: each then begins at a multiple of its width.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    flat = [tensors[name].reshape(-1).contiguous() for name in names]  # bytes lie side by side
+    packed = torch.cat([values.view(torch.uint8) for values in flat])
+    packed = packed.pin_memory().to(device, non_blocking=True)
+    pieces = packed.split([tensors[name].nbytes for name in names])
+    moved = {}
+    for name, piece in zip(names, pieces, strict=True):
+        moved[name] = piece.view(tensors[name].dtype).view(tensors[name].shape)
+    return {name: moved[name] for name in tensors}
+
+
+def bring_together(tensors):
+    """Tensors [n, ...] of one dtype -> the same on the CPU, in one copy from a GPU."""
+    if tensors[0].device.type == "cpu":
+        return tensors
+    sizes = [tensor.shape[-1] for tensor in tensors]
+    return torch.cat(tensors, -1).cpu().split(sizes, -1)
+
+
+class ComingTensor:
+    """A tensor on its way from a GPU; waits only for what was launched before it was asked for."""
+
+    def __init__(self, tensor):
+        self.tensor, self.arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self):
+        """The tensor on the CPU."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor

@@ -167,7 +167,7 @@ def replay_windows(episode, first, length):
     Args:
         first: [n], the rows at which the windows start.
     """
-    index = first[:, None] + torch.arange(length)
+    index = (first[:, None] + torch.arange(length)).to(episode["reward"].device)
     rows = [episode["observation"]]
     for name in ("action", "reward"):  # those of the reset row are 0
         rows.append(torch.cat([torch.zeros_like(episode[name][:1]), episode[name]]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from common.device import one_thread
+from common.device import fork_rng, one_thread
 from common.dream import draw_dream
 from common.errors import UserError, first_line
 from common.files import atomic_write
@@ -56,7 +56,7 @@ class Evaluation:
 
         A step has its episodes and its noise, however many are asked for and whatever is drawn.
         """
-        with one_thread(), torch.random.fork_rng():
+        with one_thread(), fork_rng(self.agent.world_model.device):
             self.seeds.episode = step
             torch.manual_seed(next(self.seeds))
             episodes = [self.play() for _ in range(self.cfg.eval.episodes)]
@@ -151,7 +151,7 @@ class Evaluation:
                 f"eval.dream_step={environment_step}: episode {number} can be left at the steps 0"
                 f" to {last * repeat}: choose one of these"
             )
-        with torch.random.fork_rng():
+        with fork_rng(self.agent.world_model.device):
             torch.manual_seed(step)
             rows = min(DREAM_ROWS, length - row)
             videos = self.diagnostics.predict_videos(self.agent, episode, row, rows)

@@ -75,3 +75,34 @@ class SubPixelConvolution(torch.autograd.Function):
         transposed = None, (2, 2), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False)
         to_x, to_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, *transposed)
         return to_x, to_weight, gradient.sum((0, 2, 3))
+
+
+class GRUCell(nn.GRUCell):
+    """PyTorch's GRU cell; compiled for a GPU, it is written out.
+
+    There PyTorch's own is one kernel, into which a compiler cannot look: it may not compile, and
+    nothing is fused with it.
+    """
+
+    @classmethod
+    def like(cls, cell):
+        """A cell with the parameters of `cell`, an `nn.GRUCell`."""
+        own = nn.utils.skip_init(cls, cell.input_size, cell.hidden_size)  # draws no random numbers
+        for name, parameter in cell.named_parameters():
+            setattr(own, name, parameter)
+        return own
+
+    def forward(self, x, belief):
+        """[n, I], [n, D] -> the next belief [n, D], as in PyTorch."""
+        if torch.compiler.is_compiling() and x.device.type == "cuda":
+            return self.written_out(x, belief)
+        return super().forward(x, belief)
+
+    def written_out(self, x, belief):
+        """The same with plain operations."""
+        from_x = nn.functional.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
+        from_belief = nn.functional.linear(belief, self.weight_hh, self.bias_hh).chunk(3, -1)
+        reset = torch.sigmoid(from_x[0] + from_belief[0])
+        update = torch.sigmoid(from_x[1] + from_belief[1])
+        candidate = torch.tanh(from_x[2] + reset * from_belief[2])
+        return candidate + update * (belief - candidate)

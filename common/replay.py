@@ -57,7 +57,6 @@ class Replay:
         self.buffer = ReplayBuffer(
             storage=TensorStorage(self.files),
             batch_size=cfg.batch_size,
-            pin_memory=device.type == "cuda",
             sampler=SliceSampler(
                 slice_len=cfg.batch_length,
                 traj_key="episode",
@@ -212,7 +211,7 @@ class Replay:
             yield batch
 
     def sample(self):
-        """A batch [B, L] in memory; `UserError` if no episode is that long."""
+        """A batch [B, L] in memory, pinned for a GPU; `UserError` if no episode is that long."""
         self.say_left_out()
         if not any(saved != DROPPED for _, _, saved in self.table):
             raise UserError(
@@ -221,7 +220,10 @@ class Replay:
                 " raise collector.random_steps"
             )
         batch = self.buffer.sample().reshape(-1, self.batch_length)
-        return batch.exclude("episode", "index")
+        batch = batch.exclude("episode", "index")
+        # Only pinned memory is copied while the GPU computes. TorchRL pins none here: our storage
+        # names no device.
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def close(self):
         """Ends the thread that draws batches ahead."""

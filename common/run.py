@@ -15,7 +15,7 @@ from common.checkpoint import (
 from common.directory import RunDirectory
 from common.episodes import resumed_episodes
 from common.errors import DamageError, UserError, first_line
-from common.files import save_tensors
+from common.finite import FiniteCheck
 from common.keys import flatten
 from common.opengl import no_opengl
 from common.report import run_summary, write_run_card
@@ -47,7 +47,7 @@ class Run:
         self.step, self.previous_step, self.updates = 0, 0, 0
         self.saved, self.parts, self.metadata = {}, {}, {}
         self.started = False
-        self.save_due, self.unchecked = False, []
+        self.save_due, self.finite = False, FiniteCheck(self.path)
         self.directory, self.signals = RunDirectory(cfg), StopSignals()
 
     def __enter__(self):
@@ -192,47 +192,16 @@ class Run:
         self.step += transitions.numel() * self.cfg.env.action_repeat
 
     def count_update(self, batch, metrics):
-        """Counts an update; `UserError` if its numbers are not finite (a GPU is one ahead)."""
+        """Counts an update; `UserError` if the numbers of one are not finite."""
         self.updates += 1
-        self.unchecked.append((self.updates, batch, metrics))
-        on_gpu = batch["reward"].device.type == "cuda"
-        while len(self.unchecked) > on_gpu:
-            self.check_update(*self.unchecked.pop(0))
-
-    def check_update(self, update, batch, metrics):
-        """`UserError` if a loss or a gradient of an update is not finite; keeps its batch.
-
-        With float16 a gradient may overflow: loss scaling then skips the step.
-        """
         float16 = self.metadata["precision"] == str(torch.float16)
-        names = [name for name in metrics if not (float16 and "grad_norm" in name)]
-        finite = torch.stack([metrics[name] for name in names]).isfinite()
-        if finite.all():
-            return
-        name = next(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
-        path = self.path / f"not_finite_{update}.pt"
-        batch_is = f"is in {path}"
-        try:
-            save_tensors(path, {"batch": batch.cpu().to_dict(), "metrics": metrics})
-        except OSError as error:  # a full disk must not hide what went wrong first
-            batch_is = f"could not be kept ({error.strerror})"
-        raise UserError(
-            f"{name} is not finite in update {update}: its batch {batch_is}, the"
-            f" last finite weights are in {self.path / 'checkpoints'}; lower the"
-            " learning rates, or use optimization.autocast=false"
-        )
+        self.finite.add_update(self.updates, batch, metrics, float16)
 
     # Saving
 
     def check_weights(self, agent):
-        """`UserError` if a weight is not finite: the simulator would only complain of actions."""
-        for name, weight in agent.named_parameters():
-            if not weight.isfinite().all():
-                raise UserError(
-                    f"{name} is not finite after update {self.updates}: the last"
-                    f" finite weights are in {self.path / 'checkpoints'}; lower"
-                    " the learning rates, or use optimization.autocast=false"
-                )
+        """`UserError` if a weight is not finite, or a number of the last update."""
+        self.finite.check_weights(agent, self.updates)
 
     def save_if_due(self):
         """Saves every `checkpoint.every` environment steps, at the end, and after a signal."""

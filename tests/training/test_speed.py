@@ -14,7 +14,7 @@ import dreamer
 import dreamer_utils as utils
 from common.device import compile_steps, make_autocast
 from common.errors import UserError
-from common.layers import Deconvolution
+from common.layers import Deconvolution, GRUCell
 from common.replay import Replay
 from common.rows import replay_layout
 from small_runs import SMALL, configure, small
@@ -112,6 +112,24 @@ def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
+def test_the_gru_cell_written_out_equals_pytorchs(dtype):
+    """What is compiled for a GPU computes what everything else computes."""
+    cell = nn.GRUCell(5, 7, dtype=dtype)
+    own = GRUCell.like(cell)
+    x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    belief = torch.randn(4, 7, dtype=dtype, requires_grad=True)
+    inputs = x, belief, *cell.parameters()
+    wanted = cell(x, belief)
+    upstream = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, inputs, upstream)
+    assert torch.equal(own(x, belief), wanted)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    got = own.written_out(x, belief)
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+    for mine, theirs in zip(torch.autograd.grad(got, inputs, upstream), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("pixels", [True, False])
 @pytest.mark.parametrize("discount", [True, False])
 def test_an_update_is_one_graph_of_static_shapes(pixels, discount):
@@ -189,16 +207,16 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     assert not is_compiled(agent)
 
 
-def empty_replay(directory):
+def empty_replay(directory, device=CPU):
     """A replay for observations and actions of one number."""
     cfg = configure(*SMALL)
     _, layout = replay_layout(cfg, (1,), 1)
-    return Replay(cfg.replay_buffer, 200, layout, directory, 1, CPU)
+    return Replay(cfg.replay_buffer, 200, layout, directory, 1, device)
 
 
-def filled_replay(directory):
+def filled_replay(directory, device=CPU):
     """A replay with one episode whose observation o_t is t."""
-    replay = empty_replay(directory)
+    replay = empty_replay(directory, device)
     t = torch.arange(60).float()[:, None]
     after = {"observation": t + 1, "reward": t, "terminated": t < 0, "done": t == 59}
     steps = {"observation": t, "action": t, "terminated": t < 0, "next": TensorDict(after, [60])}
