@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 
 import torch
@@ -125,6 +126,26 @@ def compile_steps(agent, mode, device):
         agent.world_model.encoder.register_forward_pre_hook(
             lambda module, inputs: torch.compiler.cudagraph_mark_step_begin()
         )
+
+
+def say_if_crowded():
+    """A sentence if others keep cores busy that PyTorch's threads want, else an empty string.
+
+    Threads that wait for each other spin: two runs with more threads than there are cores slow
+    each other five times and more. Nothing is changed here, for the number of threads decides
+    the last bits of a run.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if threads == 1 or not hasattr(os, "getloadavg"):  # Windows has none
+        return ""
+    busy = round(os.getloadavg()[0])  # on average over the last minute
+    if busy + threads <= cores:
+        return ""
+    free = max(cores - busy, 1)
+    return (
+        f"{busy} of {cores} cores are busy, and this process takes {threads} threads: put"
+        f" OMP_NUM_THREADS={free} before the command, or both may become many times slower"
+    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.dashboard import check_wandb, start_wandb
-from common.device import resolve_device, resolve_precision
+from common.device import resolve_device, resolve_precision, say_if_crowded
 from common.directory import RunDirectory
 from common.envs import IMAGE
 from common.errors import UserError
@@ -66,7 +66,9 @@ class Doctor:
         """Its name, and the threads of PyTorch."""
         device = resolve_device(self.cfg.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        return f"{device}: {name}, {torch.get_num_threads()} threads"
+        crowded = say_if_crowded() if device.type == "cpu" else ""
+        threads = f"{device}: {name}, {torch.get_num_threads()} threads"
+        return f"{threads}; {crowded}" if crowded else threads
 
     def check_precision(self):
         """In what networks compute."""

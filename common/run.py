@@ -12,6 +12,7 @@ from common.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
+from common.device import say_if_crowded
 from common.directory import RunDirectory
 from common.episodes import resumed_episodes
 from common.errors import DamageError, UserError, first_line
@@ -104,6 +105,8 @@ class Run:
             f"{'going on at' if self.step else 'training from'} step {self.step:,} on"
             f" {metadata['device']} in {metadata['precision']}, run in {self.path}"
         )
+        if metadata["device"].startswith("cpu") and (crowded := say_if_crowded()):
+            print(crowded)
         self.write_card("running")
         if self.saved:  # last, so that nothing above has drawn from them
             self.restore("random", load_random_state)

@@ -4,6 +4,7 @@ How fast they are is measured in benchmarks/throughput.py.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import dreamer
 import dreamer_utils as utils
-from common.device import compile_steps, make_autocast
+from common.device import compile_steps, make_autocast, say_if_crowded
 from common.errors import UserError
 from common.layers import Deconvolution, GRUCell
 from common.replay import Replay
@@ -244,3 +245,14 @@ def test_a_mistake_found_while_drawing_ahead_is_reported(tmp_path):
     replay = empty_replay(tmp_path / "replay")
     with pytest.raises(UserError, match="no episode has"):
         next(replay.batches(2))
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "said"), [(0.4, 4, ""), (3.9, 4, "=1 "), (1.2, 4, "=3 "), (3.9, 1, "")]
+)
+def test_a_start_says_that_cores_are_busy(monkeypatch, load, threads, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    sentence = say_if_crowded()
+    assert bool(sentence) == bool(said) and said in sentence
