@@ -34,10 +34,11 @@ def draw_strip(tracks, episode, first, row, videos, stride, env):
 
     start, repeat = row - first, env.action_repeat
     shown = np.arange(start % stride, len(tracks[0].frames), stride)
-    figure = Figure(figsize=(1.5 + 1.1 * len(shown), 7.4), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True, height_ratios=(1, 1, 1, 1, 1.6))
+    figure = Figure(figsize=(1.5 + 1.1 * len(shown), 8.6), layout="constrained")
+    axes = figure.subplots(6, 1, sharex=True, height_ratios=(1, 1, 1, 1, 1, 1.6))
     half = stride * repeat / 2
-    for axis, track, name in zip(axes, tracks, ("real", "seen", "open loop", "error")):
+    names = "real", "seen", "dream", "open loop", "error"
+    for axis, track, name in zip(axes, tracks, names):
         framed = add_border(track.frames, track.kinds).numpy()
         for column in shown:
             step = (first + column) * repeat
@@ -50,8 +51,8 @@ def draw_strip(tracks, episode, first, row, videos, stride, env):
     axes[-1].set_xticks(steps)
     draw_rewards(axes[-1], episode, first, row, videos, repeat)
     figure.suptitle(
-        f"{env.name} {env.task}: after step {row * repeat} of the episode the model is left alone"
-        " with the real actions"
+        f"{env.name} {env.task}: after step {row * repeat} the model is left alone,\n"
+        "in the dream with the policy's own actions, in the open loop with the real ones"
     )
     return figure
 

@@ -166,25 +166,27 @@ def open_loop_frames(episode, predicted, first, repeat):
 
 
 def dream_tracks(episode, first, row, videos):
-    """Real, seen, open loop and error of the rows from `first` on; the model is alone after `row`.
+    """Real, seen, dream, open loop and its error, from row `first` on; alone after `row`.
 
     `seen` ends with the last action: the last observation is never filtered.
     """
-    open_loop, context = to_frames(videos["open_loop"][0]), row + 1 - first
-    truth = episode["observation"].cpu()[first : row + 1 + len(open_loop)]
-    filtered = to_frames(videos["filtered"][0])[first : first + len(truth)]
-    missing = truth.new_zeros(len(truth) - len(filtered), *truth.shape[1:])
-    real = rewards_on_arrival(episode)[first : first + len(truth)]
-    alone = np.concatenate([real[:context], videos["open_loop"][1].cpu().numpy()])
-    length = len(truth)
-    model = Track(
-        torch.cat([filtered[:context], open_loop]),
-        seen_then("open loop", context, length),
-        reward_notes(alone),
-    )
-    real = Track(truth, ["real"] * length, reward_notes(real))
+    context = row + 1 - first
+    length = context + len(videos["open_loop"][0])
+    truth = episode["observation"].cpu()[first : first + length]
+    filtered = to_frames(videos["filtered"][0])[first : first + length]
+    missing = truth.new_zeros(length - len(filtered), *truth.shape[1:])
+    rewards = rewards_on_arrival(episode)[first : first + length]
+    alone = {}
+    for kind in ("dream", "open loop"):
+        images, dreamed = videos[kind.replace(" ", "_")]
+        alone[kind] = Track(
+            torch.cat([filtered[:context], to_frames(images)]),
+            seen_then(kind, context, length),
+            reward_notes(np.concatenate([rewards[:context], dreamed.cpu().numpy()])),
+        )
+    real = Track(truth, ["real"] * length, reward_notes(rewards))
     seen = Track(torch.cat([filtered, missing]), ["seen"] * length)
-    return [real, seen, model, error_track(model, real)]
+    return [real, seen, *alone.values(), error_track(alone["open loop"], real)]
 
 
 def dream_from_frames(tracks, first, repeat):

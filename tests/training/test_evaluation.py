@@ -88,9 +88,9 @@ def test_the_command_line_draws_a_dream_from_any_step(watched):
     green = np.abs(strip - np.array(COLORS["seen"]) / 255).max(-1) < 0.02
     assert orange.sum() > 1000 and green.sum() > 300
     film = frames_of(watched[0] / "evaluation_000000240" / "dream_from_2_20.mp4")
-    assert film.shape == (3 + 10, 330, 4 * 68 * 4, 3)
+    assert film.shape == (3 + 10, 330, 5 * 68 * 4, 3)
     with Image.open(watched[0] / "evaluation_000000240" / "dream_from_2_20.gif") as gif:
-        assert (gif.n_frames, gif.size) == (len(film), (4 * 68 * 4, 330))
+        assert (gif.n_frames, gif.size) == (len(film), (5 * 68 * 4, 330))
         gif.seek(7)
         assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - film[7]).mean() < 6
 
