@@ -177,6 +177,17 @@ def test_the_dashboard_has_what_the_file_says(watched):
     assert config["run"]["versions"]["torch"] and "git_revision" in config["run"]
 
 
+def test_the_variables_of_wandb_reach_the_dashboard(tmp_path, monkeypatch):
+    given = {"ENTITY": "a-team", "RUN_GROUP": "a-group", "TAGS": "one,two", "NOTES": "a note"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    small(tmp_path / "run", "logger.mode=offline", "collector.total_steps=80", "eval.every=0")
+    path = min((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    [run] = [each.run for each in records(path) if each.WhichOneof("record_type") == "run"]
+    assert (run.entity, run.run_group, run.notes) == ("a-team", "a-group", "a note")
+    assert list(run.tags) == ["one", "two"]
+
+
 def test_the_last_checkpoint_is_an_artifact_if_asked(tmp_path):
     run = tmp_path / "run"
     small(run, "logger.mode=offline", "logger.artifact=true", "eval.every=0")
