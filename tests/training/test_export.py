@@ -1,6 +1,8 @@
 """An exported agent: small, whole, played and dreamed with like the run it came from."""
 
 import json
+import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from common.agents import find_checkpoint
 from common.command_line import quoted_override
 from common.errors import UserError
 from common.keys import changes_learning, flatten
-from small_runs import configure, run_command
+from small_runs import ROOT, configure, run_command
+
+README = (ROOT / "README.md").read_text()
 
 
 def export(source, folder, *overrides):
@@ -134,3 +138,14 @@ def test_a_mistake_is_one_sentence(watched, words, sentence):
     said = done.stderr.strip()
     assert done.returncode == 1 and sentence in said, said
     assert said.startswith("error: ") and "\n" not in said, said
+
+
+def test_the_agent_that_comes_with_the_clone_keeps_the_pole_up(tmp_path):
+    words = re.search(r"^python dreamer\.py (eval\.checkpoint=.*)$", README, re.MULTILINE)[1]
+    committed = words.split()[0].removeprefix("eval.checkpoint=")
+    shutil.copytree(ROOT / committed, tmp_path / "agent", ignore=shutil.ignore_patterns("eval*"))
+    words = words.replace(committed, str(tmp_path / "agent")).split()
+    done = run_command(*words, "eval.time_limit=400", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"episode 1: return ([\d.]+)", done.stdout)[1]) > 340
+    assert len(list(tmp_path.glob("agent/evaluation_*/dream_from_*.gif"))) == 1
