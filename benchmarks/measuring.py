@@ -65,7 +65,9 @@ def find_renderer(backend):
     """Who renders with MUJOCO_GL=`backend`, as OpenGL says it; or why nothing does."""
     env = os.environ | {"MUJOCO_GL": backend}
     env.pop("PYOPENGL_PLATFORM", None)  # follows from MUJOCO_GL
-    done = subprocess.run([sys.executable, "-c", RENDERER], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RENDERER], env=env, capture_output=True, text=True
+    )
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return said[-1] if said else f"exit {done.returncode}"
 
@@ -79,7 +81,7 @@ def synchronize(device):
 def peak_gib(device):
     """The most memory that this process has held: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
