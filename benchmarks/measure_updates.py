@@ -32,6 +32,7 @@ from variants import (
     CUDA_BASELINE,
     CUDA_UPDATES,
     GFLOP,
+    PAPER_SIZE,
     PHASES,
     SIZES,
     UPDATES,
@@ -230,14 +231,14 @@ def measure_updates(args, report):
 
 def measure_cuda_updates(args, report):
     """What a GPU is asked: the paper's size, eager, compiled and with CUDA graphs."""
-    title = "pixels, 8 x 16" if args.quick else "pixels, 50 x 50"
+    title = "pixels, 8 x 16" if args.quick else PAPER_SIZE
     variants = named(CUDA_UPDATES, args.variants)
     return {"size": title, **compare_updates(variants, CUDA_BASELINE, title, args, report)}
 
 
 def measure_ablation(args, report):
     """Ours from pixels at its best, and with each thing alone switched off."""
-    title = "pixels, 8 x 16" if args.quick else "pixels, 50 x 50"
+    title = "pixels, 8 x 16" if args.quick else PAPER_SIZE
     shared = {"size": SIZES[title], "device": args.device, "threads": args.threads}
     variants = named(ABLATIONS, args.variants, always=("everything",))
     workers = [

@@ -1,7 +1,9 @@
 """The numbers of `throughput.py --cuda` as one Markdown table with its caption."""
 
+import textwrap
+
 from report_throughput import table
-from variants import CUDA_BASELINE, GFLOP
+from variants import CUDA_BASELINE, GFLOP, PAPER_SIZE, SIZES
 
 OURS = "our collector and replay"
 COLUMNS = (
@@ -27,9 +29,12 @@ def steps_per_second(report):
 
 
 def hours(seconds_per_update, report):
-    """Of the paper's run: its updates and its environment steps, one after the other."""
+    """Of the paper's run: its updates and its environment steps, one after the other.
+
+    None if updates of its size or environment steps were not measured.
+    """
     steps, paper = steps_per_second(report), report["paper"]
-    if steps is None:
+    if steps is None or report["update"]["size"] != PAPER_SIZE:
         return None
     seconds = paper["updates"] * seconds_per_update + paper["environment_steps"] / steps
     return seconds / 3600
@@ -57,28 +62,36 @@ def caption(report):
     """What was measured, where, and how to read the table."""
     machine, paper = report["machine"], report["paper"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rates = "; ".join(
+    rates = ", ".join(
         f"{name} {row['gflops'] / 1e3:.3g} TFLOP/s" for name, row in report["floor"].items()
     )
-    sequences, length = report["update"]["size"].removeprefix("pixels, ").split(" x ")
-    frames = int(sequences) * int(length)
-    return (
-        f"One update from {sequences} x {length} frames, {frames} dreams of 15 steps:"
-        f" {GFLOP * frames / 2500:.0f} GFLOP. {machine['gpu'] or 'CPU'};"
-        f" {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions};"
-        f" {report['date']}. Variants took turns, each in a process of its own; a ratio is the"
-        ' median of the ratios within a round. "Tuned" is as ours: TF32, and the fastest'
-        " convolution for each shape. The peak rate is that of a large square product at the same"
-        f" precision, measured in the same run ({rates}; for float32 the faster one). Peak GiB is"
-        " what PyTorch reserved. Environment steps are those of cheetah run with policy, collector"
-        f" and replay; images come from {report['renderer']}. The hours are those of"
-        f" {paper['updates']:,} updates and {paper['environment_steps']:,} environment steps,"
-        " evaluation included, one after the other.\n"
-    )
+    size = report["update"]["size"].removeprefix("pixels, ")
+    frames = SIZES[report["update"]["size"]].frames
+    sentences = [
+        f"One update from {size} frames and {frames} dreams of 15 steps,"
+        f" {GFLOP * frames / 2500:.0f} GFLOP, on one {machine['gpu']}"
+        f" ({machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions}),"
+        f" {report['date']}.",
+        "Variants took turns, each in a process of its own; a ratio is the median of the ratios"
+        " within a round.",
+        '"Tuned" gives TorchRL\'s parts what ours have: TF32, and the fastest convolution for each'
+        ' shape. A run is "bfloat16, compiled" unless it is told otherwise.',
+        "The peak rate is that of a large square product in the same precision, measured in the"
+        f" same run: {rates}; for float32 the higher one counts.",
+        "Peak GiB is what PyTorch reserved on the GPU.",
+        "Environment steps are those of cheetah run with our policy, collector and replay, and"
+        f" images from {report['renderer']}.",
+        f"The hours are those of {paper['updates']:,} updates and"
+        f" {paper['environment_steps']:,} environment steps, evaluation included, one after the"
+        " other: computed from this table, not a run.",
+    ]
+    if machine["device"] == "cpu":
+        sentences.insert(0, "NO GPU: the command was only tried, on a CPU.")
+    return textwrap.fill(" ".join(sentences), 130, break_on_hyphens=False)
 
 
 def cuda_markdown(report):
     """The caption and the table."""
     rows = report["update"]["rows"]
     lines = [cuda_row(name, row, report) for name, row in rows.items()]
-    return f"{caption(report)}\n{table(list(COLUMNS), lines)}"
+    return f"{caption(report)}\n\n{table(list(COLUMNS), lines)}"

@@ -103,6 +103,7 @@ SIZES = {
     "pixels, 8 x 16": Size("pixels", 8, 16, quick=True),
     "pixels, 50 x 50": Size("pixels", 50, 50, quick=False),
 }
+PAPER_SIZE = "pixels, 50 x 50"
 
 BEST = Variant("ours", "bfloat16", TUNED)
 ABLATIONS = {  # one thing switched off

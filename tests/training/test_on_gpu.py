@@ -121,14 +121,14 @@ def draw_inputs(agent, sizes=(3, 6)):
     return batch, dreamer.draw_noise(*sizes, configure(*SMALL).optimization, agent.world_model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_never_waits_for_the_gpu(dtype):
+def test_an_update_never_waits_for_the_gpu():
     """But for the first; PyTorch raises an error at the place where the CPU would wait."""
-    agent, update = make_update(dtype=dtype)
-    inputs = draw_inputs(agent)
-    update(*inputs)
-    with waits_are_errors():
+    for dtype in (torch.float32, torch.bfloat16):
+        agent, update = make_update(dtype=dtype)
+        inputs = draw_inputs(agent)
         update(*inputs)
+        with waits_are_errors():
+            update(*inputs)
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_200_updates_with_cuda_graphs_equal_those_without():
         )
         largest = max(largest, distance(gradient, exact))
     print(f"largest distance of a gradient: {largest:.1e}")
-    assert largest < 1e-4
+    assert largest < 1e-5
     if ON_GPU:
         check_graphs()
 
