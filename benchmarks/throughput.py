@@ -107,6 +107,8 @@ def parse_arguments():
         args.device = "cuda" if torch.cuda.is_available() or args.cuda else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("this machine has no GPU that PyTorch can use: nothing is measured")
+    if args.device == "cuda":
+        args.device = "cuda:0"  # a process is tuned for one GPU, see common.device.tune_process
     args.rounds = args.rounds or (3 if args.quick else 7)
     if wrong := set(args.only or ()) - set(SECTIONS):
         parser.error(f"--only {','.join(wrong)}: choose from {', '.join(SECTIONS)}")

@@ -23,7 +23,7 @@ from fingerprint import fingerprint
 from measuring import find_renderer
 from small_runs import SMALL, configure, small
 
-DEVICE = torch.device(os.environ.get("DREAMER_TEST_DEVICE", "cuda"))
+DEVICE = torch.device(os.environ.get("DREAMER_TEST_DEVICE", "cuda:0"))
 ON_GPU = DEVICE.type == "cuda"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest relative distance of a gradient from that of float32; TF32 has float16's digits.
@@ -80,6 +80,7 @@ def test_gradients_in_every_precision_are_within_their_bound(precision, kind):
     """float32 as a run computes it, which is TF32 on a GPU."""
     _, exact = test_speed.one_update("plain", device=DEVICE)
     tune_process(DEVICE)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     _, gradient = test_speed.one_update(kind, PRECISIONS[precision], DEVICE)
     assert gradient.isfinite().all()
     assert 0 < distance(gradient, exact) < BOUNDS[precision]
