@@ -97,7 +97,7 @@ def measure_collection(args, report):
         workers = [Worker(name, build_bare, kept_camera=kept) for name, kept in bare.items()]
         ours = Worker("our collector and replay", build_collection, folder=folder, **shared)
         enough = 0.5 if args.quick else 3
-        answers = take_turns([*workers, ours], args.rounds, enough, most=200)
+        answers = take_turns([*workers, ours], args.rounds, enough, most=200, until=args.until)
     rows = {name: summarize(values) for name, values in answers.items()}
     for row in rows.values():
         if "bare, physics.render" in rows:

@@ -1,6 +1,6 @@
-"""How long a run takes to begin, and what it does besides updating and acting.
+"""How long a run takes to begin, how much it has to do, and what it does besides.
 
-The sections `start` and `loop` of throughput.py.
+The sections `start`, `paper` and `loop` of throughput.py.
 """
 
 import contextlib
@@ -54,6 +54,19 @@ def measure_start(args, report):
     if runs:
         rows["all"] = summarize([{"seconds": end} for end in before])
     return {"overrides": overrides[1:], "rows": rows}
+
+
+# --- paper: how much there is to do in the paper's run -------------------------------------------
+def count_paper_run(args, report):
+    """Updates and environment steps of `python dreamer.py`; those of evaluation count."""
+    cfg = configuration()
+    steps = cfg.collector.total_steps
+    evaluated = steps // cfg.eval.every * cfg.eval.episodes * cfg.env.time_limit
+    return {
+        "updates": dreamer.updates_due(steps, cfg.collector, cfg.optimization),
+        "environment_steps": steps + evaluated,
+        "action_repeat": cfg.env.action_repeat,
+    }
 
 
 # --- loop: what a run does besides updating and acting -------------------------------------------

@@ -26,7 +26,17 @@ from measuring import (
 )
 from switches import SWITCHES, WITHOUT, fast_matmul
 from torchrl_baseline import TorchRLBaseline
-from variants import ABLATIONS, BASELINE, GFLOP, PHASES, SIZES, UPDATES
+from variants import (
+    ABLATIONS,
+    BASELINE,
+    CUDA_BASELINE,
+    CUDA_UPDATES,
+    GFLOP,
+    PAPER_SIZE,
+    PHASES,
+    SIZES,
+    UPDATES,
+)
 from workers import Worker, available_gib, summarize, take_turns, times_faster
 
 
@@ -60,7 +70,7 @@ def measure_floor(args, report):
     names = ("float32 default", "float32 fast", "bfloat16")
     workers = [Worker(name, build_floor, precision=name, **shared) for name in names]
     rows = {}
-    for name, answers in take_turns(workers, args.rounds).items():
+    for name, answers in take_turns(workers, args.rounds, until=args.until).items():
         rate = 2 * size**3 / statistics.median(answer["seconds"] for answer in answers) / 1e9
         rows[name] = {
             "gflops": rate,
@@ -92,6 +102,9 @@ def build_update(variant, size, device, threads):
     update = build(variant, cfg, rows, device, clock)
 
     def measure(repeats):
+        if device.type == "cuda":  # the others need the memory between two turns
+            update()
+            torch.cuda.reset_peak_memory_stats(device)
         clock.start(on=device.type == "cpu")  # there it costs nothing
         start = time.perf_counter()
         for _ in range(repeats):
@@ -103,6 +116,7 @@ def build_update(variant, size, device, threads):
             clock.start(on=True)
             update()
             phases, counted = clock.phases, 1
+            torch.cuda.empty_cache()
         if not all(math.isfinite(float(loss)) for loss in losses):
             raise FloatingPointError("a loss is not finite")
         phases = {name: value / counted for name, value in phases.items()}
@@ -168,6 +182,39 @@ def named(variants, parts, always=()):
     }
 
 
+def compare_updates(variants, baseline, title, args, report):
+    """The variants side by side, at the size of this title.
+
+    Args:
+        baseline: the name of the variant that ratios are against.
+        report: whose section `floor`, if it is there, says what the arithmetic alone would take.
+    """
+    size = SIZES[title]
+    keep = sum(bool(variant.switches) for variant in variants.values())
+    needed = 5 * (1 + keep) * size.frames / 2500
+    lean = args.device == "cpu" and available_gib() < needed
+    shared = {"size": size, "device": args.device, "threads": args.threads}
+    workers = [
+        Worker(name, build_update, variant=variant, **shared) for name, variant in variants.items()
+    ]
+    enough = 0.2 if args.quick else 1.5
+    answers = take_turns(workers, args.rounds, enough, lean=lean, until=args.until)
+    rows = {name: summarize(values) for name, values in answers.items()}
+    for name, row in rows.items():
+        others = {"vs_baseline": baseline, "vs_peer": variants[name].peer}
+        for column, other in others.items():
+            if other in rows:
+                row[column] = times_faster(row, rows[other])
+        rates = [
+            floor["gflops"]
+            for precision, floor in report.get("floor", {}).items()
+            if precision.startswith(variants[name].precision)
+        ]
+        if rates and size.observation == "pixels":
+            row["floor"] = GFLOP * size.frames / 2500 / max(rates)
+    return {"lean": lean, "rows": rows}
+
+
 def measure_updates(args, report):
     """All sizes; each with its variants side by side."""
     variants = {
@@ -176,37 +223,22 @@ def measure_updates(args, report):
     variants = named(variants, args.variants)
     sizes = {title: size for title, size in SIZES.items() if size.quick or not args.quick}
     measured = {}
-    for title, size in named(sizes, args.sizes).items():
+    for title in named(sizes, args.sizes):
         print(f"update from {title}", flush=True)
-        keep = sum(bool(variant.switches) for variant in variants.values())
-        needed = 5 * (1 + keep) * size.frames / 2500
-        lean = args.device == "cpu" and available_gib() < needed
-        shared = {"size": size, "device": args.device, "threads": args.threads}
-        workers = [
-            Worker(name, build_update, variant=variant, **shared)
-            for name, variant in variants.items()
-        ]
-        answers = take_turns(workers, args.rounds, 0.2 if args.quick else 1.5, lean=lean)
-        rows = {name: summarize(values) for name, values in answers.items()}
-        for name, row in rows.items():
-            others = {"vs_baseline": BASELINE, "vs_peer": UPDATES[name].peer}
-            for column, other in others.items():
-                if other in rows:
-                    row[column] = times_faster(row, rows[other])
-            rates = [
-                floor["gflops"]
-                for precision, floor in report.get("floor", {}).items()
-                if precision.startswith(UPDATES[name].precision)
-            ]
-            if rates and size.observation == "pixels":
-                row["floor"] = GFLOP * size.frames / 2500 / max(rates)
-        measured[title] = {"lean": lean, "rows": rows}
+        measured[title] = compare_updates(variants, BASELINE, title, args, report)
     return measured
+
+
+def measure_cuda_updates(args, report):
+    """What a GPU is asked: the paper's size, eager, compiled and with CUDA graphs."""
+    title = "pixels, 8 x 16" if args.quick else PAPER_SIZE
+    variants = named(CUDA_UPDATES, args.variants)
+    return {"size": title, **compare_updates(variants, CUDA_BASELINE, title, args, report)}
 
 
 def measure_ablation(args, report):
     """Ours from pixels at its best, and with each thing alone switched off."""
-    title = "pixels, 8 x 16" if args.quick else "pixels, 50 x 50"
+    title = "pixels, 8 x 16" if args.quick else PAPER_SIZE
     shared = {"size": SIZES[title], "device": args.device, "threads": args.threads}
     variants = named(ABLATIONS, args.variants, always=("everything",))
     workers = [

@@ -1,7 +1,9 @@
 """What all measurements share: configuration, made-up batches, clocks, peak memory."""
 
 import functools
+import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,14 @@ import dreamer_utils as utils
 ROOT = Path(__file__).resolve().parents[1]
 STATES = 17  # numbers of one observation of cheetah without pixels
 ACTIONS = 6
+RENDERER = """
+import mujoco
+context = mujoco.GLContext(8, 8)
+context.make_current()
+from OpenGL import GL
+print(*(GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER)), sep=", ")
+context.free()
+"""
 AUTOCAST = {"float32": "false", "bfloat16": "bfloat16"}  # precision -> optimization.autocast
 
 
@@ -51,6 +61,17 @@ def make_rows(observation, batch, length, device):
     return [value.to(device) for value in (seen, action, draw(batch, length))]
 
 
+def find_renderer(backend):
+    """Who renders with MUJOCO_GL=`backend`, as OpenGL says it; or why nothing does."""
+    env = os.environ | {"MUJOCO_GL": backend}
+    env.pop("PYOPENGL_PLATFORM", None)  # follows from MUJOCO_GL
+    done = subprocess.run(
+        [sys.executable, "-c", RENDERER], env=env, capture_output=True, text=True
+    )
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return said[-1] if said else f"exit {done.returncode}"
+
+
 def synchronize(device):
     """Waits for a GPU."""
     if device.type == "cuda":
@@ -60,7 +81,7 @@ def synchronize(device):
 def peak_gib(device):
     """The most memory that this process has held: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -57,7 +57,9 @@ class Size:
         return self.sequences * self.length
 
 
+EAGER = ("optimization.compile=false",)  # auto would compile on a GPU
 COMPILED = ("optimization.compile=true",)
+GRAPHS = ("optimization.compile=reduce-overhead",)
 BASELINE = "library, float32"  # ratios are against this one, and against the peer
 UPDATES = {
     "library, float32": Variant("torchrl", "float32", quick=True),
@@ -67,17 +69,33 @@ UPDATES = {
     "library, bfloat16, tuned, compiled": Variant(
         "torchrl", "bfloat16", TUNED, compiled=("actor", "value")
     ),
-    "ours, float32, untuned": Variant("ours", "float32", peer="library, float32"),
-    "ours, float32": Variant("ours", "float32", TUNED, quick=True, peer="library, float32, tuned"),
+    "ours, float32, untuned": Variant("ours", "float32", (), EAGER, peer="library, float32"),
+    "ours, float32": Variant(
+        "ours", "float32", TUNED, EAGER, quick=True, peer="library, float32, tuned"
+    ),
     "ours, float32, compiled": Variant(
         "ours", "float32", TUNED, COMPILED, peer="library, float32, tuned"
     ),
     "ours, bfloat16": Variant(
-        "ours", "bfloat16", TUNED, quick=True, peer="library, bfloat16, tuned"
+        "ours", "bfloat16", TUNED, EAGER, quick=True, peer="library, bfloat16, tuned"
     ),
     "ours, bfloat16, compiled": Variant(
         "ours", "bfloat16", TUNED, COMPILED, peer="library, bfloat16, tuned"
     ),
+}
+CUDA_BASELINE = "TorchRL's parts, float32"
+CUDA_PEER = "TorchRL's parts, bfloat16, tuned"
+CUDA_UPDATES = {  # those of `throughput.py --cuda`
+    CUDA_BASELINE: Variant("torchrl", "float32"),
+    "TorchRL's parts, float32, tuned": Variant("torchrl", "float32", TUNED),
+    CUDA_PEER: Variant("torchrl", "bfloat16", TUNED),
+    f"{CUDA_PEER}, compiled": Variant("torchrl", "bfloat16", TUNED, compiled=("actor", "value")),
+    "ours, float32, eager": Variant(
+        "ours", "float32", TUNED, EAGER, peer="TorchRL's parts, float32, tuned"
+    ),
+    "ours, bfloat16, eager": Variant("ours", "bfloat16", TUNED, EAGER, peer=CUDA_PEER),
+    "ours, bfloat16, compiled": Variant("ours", "bfloat16", TUNED, COMPILED, peer=CUDA_PEER),
+    "ours, bfloat16, CUDA graphs": Variant("ours", "bfloat16", TUNED, GRAPHS, peer=CUDA_PEER),
 }
 SIZES = {
     "states, 8 x 16": Size("states", 8, 16, quick=True),
@@ -85,6 +103,7 @@ SIZES = {
     "pixels, 8 x 16": Size("pixels", 8, 16, quick=True),
     "pixels, 50 x 50": Size("pixels", 50, 50, quick=False),
 }
+PAPER_SIZE = "pixels, 50 x 50"
 
 BEST = Variant("ours", "bfloat16", TUNED)
 ABLATIONS = {  # one thing switched off

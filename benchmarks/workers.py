@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -94,11 +95,12 @@ def serve(pipe, build, kwargs):
         pipe.send({"failed": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
-def take_turns(workers, rounds, enough=0.5, most=20, lean=False):
+def take_turns(workers, rounds, enough=0.5, most=20, lean=False, until=math.inf):
     """Lets the workers take turns, and ends them.
 
     After the unmeasured turns each worker repeats its subject so that a turn lasts `enough`
-    seconds, `most` times at most.
+    seconds, `most` times at most. No round begins after `until`, in seconds of `time.monotonic`,
+    but the first.
 
     Returns:
         {name: [answer per round]}, without those that failed.
@@ -108,6 +110,8 @@ def take_turns(workers, rounds, enough=0.5, most=20, lean=False):
     repeats = {worker.name: 1 for worker in workers}
     answers = {worker.name: [] for worker in workers}
     for turn in range(-WARM_UP, rounds):
+        if turn > 0 and time.monotonic() > until:
+            break
         for worker in workers:
             if worker.failed:
                 continue

@@ -34,7 +34,7 @@ def fingerprint(run_dir):
             if name.endswith(".pt"):
                 parts[name] = hashlib.sha256()
                 with archive.open(name) as file:
-                    feed(parts[name], torch.load(file, weights_only=True))
+                    feed(parts[name], torch.load(file, map_location="cpu", weights_only=True))
     rows = [run_dir / "metrics.jsonl", run_dir / "curves.jsonl"]
     for path in [*sorted((run_dir / "replay").glob("*.memmap")), *rows]:
         parts[path.name] = hashlib.sha256(path.read_bytes())

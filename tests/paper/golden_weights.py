@@ -35,7 +35,7 @@ STACKS = {
 
 def check(got, want, tolerance, name=""):
     """Asserts equal shapes and a small error in the golden metric."""
-    got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).double()
+    got, want = torch.as_tensor(got).detach().cpu().double(), torch.as_tensor(want).double()
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
     error = ((got - want).abs() / (1 + want.abs())).max().item()
     assert error <= tolerance, f"{name}: error {error:.2e} is above {tolerance:.0e}"

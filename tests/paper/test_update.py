@@ -35,15 +35,17 @@ def official_inputs(data):
     return batch, noise
 
 
-@pytest.fixture(scope="module", params=CASES)
-def step(request, golden):
+def official_update(data, dtype, device):
     """One `dreamer.update`; keeps (arguments, result) of every equation, and raw gradients."""
-    name, dtype = request.param
-    data, calls, gradients = golden(name, dtype), {}, {}
-    agent, cfg = load_agent(data), config(data).optimization
+    calls, gradients = {}, {}
+    agent, cfg = load_agent(data).to(device), config(data).optimization
     cfg.horizon, cfg.free_nats = data["horizon"].item(), data["free_nats"].item()
     optimizers = utils.make_optimizers(cfg, agent)
-    autocast = utils.make_autocast(torch.device("cpu"), torch.float32)
+    autocast = utils.make_autocast(device, torch.float32)
+    batch, noise = (
+        {name: value.to(device) for name, value in tensors.items()}
+        for tensors in official_inputs(data)
+    )
 
     def recorded(name, function):
         def call(*args):
@@ -60,7 +62,7 @@ def step(request, golden):
         for equation in EQUATIONS:
             patch.setattr(dreamer, equation, recorded(equation, getattr(dreamer, equation)))
         patch.setattr(utils.Optimizer, "step", recorded_step)
-        metrics = dreamer.update(agent, optimizers, *official_inputs(data), cfg, autocast)
+        metrics = dreamer.update(agent, optimizers, batch, noise, cfg, autocast)
     return SimpleNamespace(
         data=data,
         dtype=dtype,
@@ -70,6 +72,13 @@ def step(request, golden):
         gradients=gradients,
         metrics=metrics,
     )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def step(request, golden):
+    """An official training step on the CPU; test_on_gpu.py takes it on a GPU."""
+    name, dtype = request.param
+    return official_update(golden(name, dtype), dtype, torch.device("cpu"))
 
 
 def test_eq01_latent_states_equal_the_official_ones(step):

@@ -18,7 +18,9 @@ import dreamer_utils as utils
 from common.device import fork_rng, make_autocast, resolve_device, resolve_precision, tune_process
 from common.errors import UserError
 from common.finite import FiniteCheck
+from measure_updates import build_update
 from small_runs import SMALL, configure
+from variants import CUDA_UPDATES, PHASES, Size
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"pixels": (64, 64, 3), "states": (5,)}
@@ -217,6 +219,29 @@ def test_random_numbers_of_one_gpu_are_put_back_without_a_warning(gpu, monkeypat
             torch.rand(3)
     assert asked == [GPU] and put_back == [(5, GPU)]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- The benchmark -------------------------------------------------------------------------------
+@pytest.fixture
+def as_before(monkeypatch):
+    """Puts back what `tune_process` switches; and nobody asks for the memory of a GPU."""
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name in ("reset_peak_memory_stats", "empty_cache", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: 2**30)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", ["ours, float32, eager", "ours, bfloat16, eager"])
+def test_the_updates_of_the_benchmark_are_on_the_gpu_alone(gpu, as_before, name):
+    """Not those of TorchRL's parts, which a fake GPU cannot build."""
+    measure = build_update(CUDA_UPDATES[name], Size("pixels", 2, 3, quick=True), str(GPU), None)
+    gpu.clear()
+    row = measure(1)
+    assert row["gib"] == 1 and set(row["phases"]) == set(PHASES)
+    assert gpu.mixed == [] and len(gpu.operations) > 1000
+    assert any("_fused_adam" in name for name in gpu.operations)
 
 
 # --- Whole runs ----------------------------------------------------------------------------------

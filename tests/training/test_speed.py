@@ -43,7 +43,7 @@ def plain(agent):
     return agent.to(memory_format=torch.contiguous_format)
 
 
-def one_update(kind, dtype=torch.float32):
+def one_update(kind, dtype=torch.float32, device=CPU):
     """(change of all parameters, gradients) of one update from pixels, as flat vectors.
 
     Args:
@@ -52,22 +52,24 @@ def one_update(kind, dtype=torch.float32):
     torch.manual_seed(0)
     cfg = configure(*SMALL, "networks.channels=4", f"optimization.compile={kind == 'compiled'}")
     hp = cfg.optimization
-    agent = dreamer.make_agent(cfg, (64, 64, 3), 2)
+    agent = dreamer.make_agent(cfg, (64, 64, 3), 2).to(device)
     batch = {
         "observation": torch.randint(0, 255, (3, 6, 64, 64, 3), dtype=torch.uint8),
         "action": torch.rand(3, 6, 2) * 2 - 1,
         "reward": torch.rand(3, 6),
         "terminated": torch.zeros(3, 6, dtype=torch.bool),
     }
+    batch = {name: value.to(device) for name, value in batch.items()}
     noise = dreamer.draw_noise(3, 6, hp, agent.world_model)
     if kind == "plain":
         plain(agent)
     before = copy.deepcopy(agent.state_dict())
-    compile_steps(agent, hp.compile, CPU)
+    compile_steps(agent, hp.compile, device)
     optimizers = utils.make_optimizers(hp, agent, dtype)
     for optimizer in optimizers.values():  # the default scale overflows, and is then lowered
-        optimizer.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=dtype == torch.float16)
-    dreamer.update(agent, optimizers, batch, noise, hp, make_autocast(CPU, dtype))
+        scaling = {"init_scale": 256.0, "enabled": dtype == torch.float16}
+        optimizer.scaler = torch.amp.GradScaler(device.type, **scaling)
+    dreamer.update(agent, optimizers, batch, noise, hp, make_autocast(device, dtype))
     delta = [(p - before[name]).flatten() for name, p in agent.named_parameters()]
     return torch.cat(delta).detach(), torch.cat([p.grad.flatten() for p in agent.parameters()])
 
