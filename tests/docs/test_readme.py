@@ -108,6 +108,7 @@ def test_the_training_command_trains(tmp_path):
     command = re.search(line, README, re.MULTILINE)
     small = [word for word in SMALL if not word.startswith(("env.name", "env.task", "env.from"))]
     flags = [*small, f"run_dir={tmp_path / 'run'}", "logger.video=true", "logger.mode=offline"]
+    flags += ["eval.episodes=1", "eval.time_limit=40"]
     words = [sys.executable, *command[1].split(), *flags]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

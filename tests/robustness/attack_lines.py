@@ -29,6 +29,7 @@ optimization.pretrain -1 greater than or equal to 0
 optimization.horizon 1 greater than or equal to 2
 eval.every -1 greater than or equal to 0
 eval.episodes 0 greater than 0
+eval.time_limit -1 greater than or equal to 0
 eval.dream_episode -1 greater than or equal to 0
 eval.dream_step -1 greater than or equal to 0
 checkpoint.every 0 greater than 0

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from common.dashboard import Dashboard
 from common.plots import published_curve
 from common.report import run_metadata
-from small_runs import ROOT, SMALL, configure, small
+from small_runs import ROOT, SMALL, configure, run_command, small
 from watched_run import WATCHED
 
 # Panel, curves and card ------------------------------------------------------------------------
@@ -181,7 +181,9 @@ def test_the_variables_of_wandb_reach_the_dashboard(tmp_path, monkeypatch):
     given = {"ENTITY": "a-team", "RUN_GROUP": "a-group", "TAGS": "one,two", "NOTES": "a note"}
     for name, value in given.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    small(tmp_path / "run", "logger.mode=offline", "collector.total_steps=80", "eval.every=0")
+    # In a process of its own: wandb reads some of them once.
+    words = f"run_dir={tmp_path / 'run'}", "logger.mode=offline", "eval.every=0"
+    assert run_command(*SMALL, *words).returncode == 0
     path = min((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     [run] = [each.run for each in records(path) if each.WhichOneof("record_type") == "run"]
     assert (run.entity, run.run_group, run.notes) == ("a-team", "a-group", "a note")
