@@ -5,11 +5,17 @@ from common.errors import UserError
 
 def check_combinations(config):
     """Raises `UserError` where single values are fine but do not go together."""
+    for fine, sentence in (*size_rules(config), *command_rules(config)):
+        if not fine:
+            raise UserError(sentence)
+
+
+def size_rules(config):
+    """[(whether it is so, what to say if not)] of episodes, batches and budgets."""
     env, collector, replay = config.env, config.collector, config.replay_buffer
     rows = env.time_limit // env.action_repeat + 1  # of an episode: its agent steps and the reset
     first_episodes = env.n_parallel_envs * env.time_limit
-    films = config.logger.video or config.eval.video or config.eval.dream_episode
-    rules = [
+    return [
         (
             replay.batch_size % replay.batch_length == 0,
             f"replay_buffer.batch_size={replay.batch_size} (frames per update) must be a multiple"
@@ -45,8 +51,15 @@ def check_combinations(config):
             f"replay_buffer.capacity cannot hold the {collector.random_steps} steps of"
             " collector.random_steps: raise it",
         ),
+    ]
+
+
+def command_rules(config):
+    """[(whether it is so, what to say if not)] of what a command asks for."""
+    films = config.logger.video or config.eval.video or config.eval.dream_episode
+    return [
         (
-            env.from_pixels or not films,
+            config.env.from_pixels or not films,
             "films need env.from_pixels=true, a state vector makes none: leave out logger.video,"
             " eval.video and eval.dream_episode",
         ),
@@ -81,6 +94,3 @@ def check_combinations(config):
             " anew: give both, or leave it out",
         ),
     ]
-    for fine, sentence in rules:
-        if not fine:
-            raise UserError(sentence)

@@ -102,10 +102,9 @@ def mujoco_viewer(env):
     return getattr(getattr(env, "mujoco_renderer", None), "viewer", None)
 
 
-def make_gymnasium_env(cfg, seeds):
-    """A Gymnasium task with continuous actions; `UserError` if it cannot be used."""
+def gymnasium_episodes(env, cfg, seeds):
+    """A Gymnasium task under our protocol; a class in a function, for the import is a late one."""
     import gymnasium
-    from gymnasium.spaces import Box
 
     class GymnasiumEpisodes(gymnasium.Wrapper):
         """Action repeat, own seeds, and 64 x 64 images by area averaging if asked for."""
@@ -152,9 +151,17 @@ def make_gymnasium_env(cfg, seeds):
                 viewer.con.free()
             super().close()
 
+    return GymnasiumEpisodes(env)
+
+
+def make_gymnasium_env(cfg, seeds):
+    """A Gymnasium task with continuous actions; `UserError` if it cannot be used."""
+    import gymnasium
+    from gymnasium.spaces import Box
+
     try:
         words = {"render_mode": "rgb_array"} if cfg.from_pixels else {}
-        env = GymnasiumEpisodes(gymnasium.make(cfg.name, **words))
+        env = gymnasium_episodes(gymnasium.make(cfg.name, **words), cfg, seeds)
     except Exception as error:  # unknown id, missing package: each backend raises its own kind
         reason = " ".join(str(error).split())
         raise UserError(f"env.name={cfg.name} cannot be made by gymnasium: {reason}") from None

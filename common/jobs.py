@@ -24,6 +24,7 @@ class ShowSlurmJobs(Callback):
         submit = submitit.AutoExecutor.map_array
 
         def submit_and_show(executor, launcher, overrides, *others):
+            """Submitit's own, and then prints the ids of the jobs; exits if Slurm refuses them."""
             try:
                 jobs = submit(executor, launcher, overrides, *others)
             except FailedJobError as error:
