@@ -418,7 +418,6 @@ def train(cfg):
                     with logger.clock("evaluate"):
                         result = evaluation(run.step, films=logger.films_due)
                     logger.add_evaluation(run.step, result)
-                logger.show_progress(run.step)
                 if run.row_due:
                     logger.write_row(run.step, run.updates)
                 run.reported()
@@ -432,6 +431,7 @@ def train(cfg):
                 transitions = collector.collect()
                 logger.add_episodes(replay.extend(transitions))
             run.count_steps(transitions)
+            logger.show_progress(run.step)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="config")

@@ -143,7 +143,7 @@ def say_if_crowded():
         return ""
     free = max(cores - busy, 1)
     return (
-        f"{busy} of {cores} cores are busy, and this process takes {threads} threads: put"
+        f"other work wants {busy} of the {cores} cores, and this run takes {threads} threads: put"
         f" OMP_NUM_THREADS={free} before the command, or both may become many times slower"
     )
 

@@ -181,10 +181,9 @@ def write_evaluation(cfg, evaluation, path, step):
     for number, value in enumerate(returns, 1):
         print(f"episode {number}: return {value:.2f}")
     mean, std = result.metrics["eval/return"], result.metrics["eval/return_std"]
-    print(
-        f"mean {mean:.2f}, standard deviation {std:.2f} over {len(returns)} episodes, step"
-        f" {step:,} of {path}"
-    )
+    if len(returns) > 1:
+        print(f"mean {mean:.2f}, standard deviation {std:.2f} over {len(returns)} episodes")
+    print(f"by the agent of step {step:,} in {path}")
     run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
     folder = run / f"evaluation_{step:09d}"
     numbers = json.dumps(result.metrics | {"returns": returns}, indent=1)

@@ -28,6 +28,7 @@ class Progress:
         self.cfg, self.first_step, self.step = cfg, step, step
         self.first_update, self.updates = updates, updates
         self.seconds, self.evaluations, self.last_return = {}, 0, None
+        self.phase, self.began = None, 0.0  # what goes on at the moment, and since when
         self.words = ""
         self.shown = 0.0  # when the bar was drawn last
         self.bar = None  # drawn once something happens, below all that is said at the start
@@ -38,6 +39,7 @@ class Progress:
 
     def begin(self, phase):
         """`collect`, `update` or `evaluate` begins; without any update so far, it is early."""
+        self.phase, self.began = phase, time.monotonic()
         if phase == "evaluate":
             self.describe("evaluation")
         else:
@@ -52,6 +54,7 @@ class Progress:
     def end(self, phase, seconds):
         """Counts what a phase took."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.phase = None
         self.evaluations += phase == "evaluate"
 
     def count_update(self):
@@ -91,14 +94,23 @@ class Progress:
         steps, updates = self.step - self.first_step, self.updates - self.first_update
         if not steps or not updates:
             return None
-        left = self.cfg.collector.total_steps - self.step
-        per_step = self.seconds.get("collect", 0.0) / steps
-        per_update = self.seconds.get("update", 0.0) / updates
-        seconds = left * (per_step + per_update * self.cfg.optimization.train_ratio)
+        collector, hp = self.cfg.collector, self.cfg.optimization
+        steps_left = collector.total_steps - self.step
+        all_updates = hp.pretrain + hp.train_ratio * (
+            collector.total_steps - collector.random_steps
+        )
+        updates_left = max(all_updates - self.updates, 0)
+        seconds = steps_left * self.spent("collect") / steps
+        seconds += updates_left * self.spent("update") / updates
         if self.evaluations:
             per_evaluation = self.seconds["evaluate"] / self.evaluations
-            seconds += per_evaluation * left / self.cfg.eval.every
+            seconds += per_evaluation * steps_left / self.cfg.eval.every
         return seconds
+
+    def spent(self, phase):
+        """Seconds in a phase so far, with those of the one that goes on."""
+        going_on = time.monotonic() - self.began if phase == self.phase else 0.0
+        return self.seconds.get(phase, 0.0) + going_on
 
     def close(self):
         """Leaves the bar as it is."""

@@ -18,6 +18,7 @@ from common.config import ROOT
 from common.errors import UserError
 from common.files import COUNTERS, atomic_write, read_jsonl
 from common.keys import decisive
+from common.progress import duration
 
 SHOWN = ("panel.png", "metrics.jsonl", "curves.jsonl", "run.json")
 SHOWN += ("checkpoints", "replay", "videos", "wandb")
@@ -111,7 +112,7 @@ def run_summary(cfg, card):
     place = cfg.run_dir
     lines = [
         f"{card['state']} at {card['environment_steps']:,} environment steps and"
-        f" {card['updates']:,} updates, after {card['wall_seconds'] / 3600:.2f} hours"
+        f" {card['updates']:,} updates, after {duration(card['wall_seconds'])}"
     ]
     if "eval_return" in card:
         published = round(card["published_mean"] or 0)

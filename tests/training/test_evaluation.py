@@ -68,6 +68,8 @@ def test_evaluation_prints_every_return(watched, capsys):
     for number, value in enumerate(numbers["returns"], 1):
         assert f"episode {number}: return {value:.2f}" in said
     assert f"mean {np.mean(numbers['returns']):.2f}, standard deviation" in said
+    evaluate(watched[0], "eval.episodes=1")
+    assert "mean" not in capsys.readouterr().out, "a single return has no spread"
 
 
 def test_films_of_a_checkpoint(watched):

@@ -44,6 +44,16 @@ def test_the_time_to_go_is_that_of_this_process():
     assert fresh.seconds_to_go() is None
 
 
+def test_the_time_to_go_counts_the_updates_that_are_under_way(monkeypatch):
+    now = 50.0
+    monkeypatch.setattr(common.progress.time, "monotonic", lambda: now)
+    run = Progress(configure("eval.every=0", "logger.progress=false"), 0, 0)
+    run.seconds, run.step, run.updates = {"collect": 20.0}, 5_000, 40
+    run.begin("update")
+    now += 80  # 2 s for each of these 40; 60 first ones are left, and 0.1 for every step
+    assert run.seconds_to_go() == pytest.approx(4_995_000 * (0.004 + 0.1 * 2) + 60 * 2)
+
+
 def test_durations_are_said_as_a_person_would():
     assert [duration(seconds) for seconds in (4, 89, 150, 5399, 5400, 100_000)] == [
         "a minute",
