@@ -12,7 +12,7 @@ from common.dashboard import check_wandb, start_wandb
 from common.device import resolve_device, resolve_precision, say_if_crowded
 from common.directory import RunDirectory
 from common.envs import IMAGE
-from common.errors import UserError
+from common.errors import can_be_mended, user_message
 from common.files import read_jsonl
 from common.memory import check_memory
 from common.opengl import check_picture, select_gl
@@ -57,7 +57,7 @@ class Doctor:
             try:
                 print(f"ok      {name:<10} {check()}", flush=True)
             except Exception as error:  # a check that fails must not hide the next ones
-                reason = str(error) if isinstance(error, UserError) else repr(error)
+                reason = user_message(error) if can_be_mended(error) else repr(error)
                 print(f"problem {name:<10} {' '.join(reason.split())}", flush=True)
                 fine = False
         return fine

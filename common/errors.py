@@ -34,17 +34,29 @@ DISK_ERRORS = (
 )
 
 
+SHARED_MEMORY = "/dev/shm"
+
+
+def can_be_mended(error):
+    """Whether it is a `UserError`, or a disk that is full, read-only, forbidden or failing."""
+    return isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS
+
+
 def user_message(error):
     """One sentence about an error that the user can mend.
 
-    That is a `UserError`, or a disk that is full, read-only, forbidden or failing. Any other error
-    is raised again, for it may be ours.
+    Any other error is raised again, for it may be ours.
     """
+    if not can_be_mended(error):
+        raise error
     if isinstance(error, UserError):
         return str(error)
-    if getattr(error, "errno", None) not in DISK_ERRORS:
-        raise error
     place = error.filename or "while writing to run_dir"
+    if str(place).startswith(SHARED_MEMORY):
+        return (
+            f"{error.strerror} ({place}): processes share memory in {SHARED_MEMORY}, make it"
+            " writable (chmod 1777) and large enough (docker run --shm-size=1g)"
+        )
     remedy = "free some space, or " if error.errno in FULL else ""
     return (
         f"{error.strerror or error} ({place}): {remedy}choose another run_dir;"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import multiprocessing.heap
 import os
 import resource
 import signal
@@ -101,6 +102,22 @@ def refused(run_dir, *overrides):
 def contents(directory):
     """{path: bytes} of all files below."""
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+# Shared memory
+
+
+def test_shared_memory_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+    def forbidden(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm/pym-1")
+
+    monkeypatch.setattr(multiprocessing.heap.Arena, "__init__", forbidden)
+    sentence = refused(tmp_path / "run", *SHORT)
+    assert "(/dev/shm/pym-1)" in sentence and "chmod 1777" in sentence
+    assert not (tmp_path / "run").exists()
+    cfg = configure(*SMALL, *SHORT, f"run_dir={tmp_path / 'run'}")
+    assert not utils.Doctor(cfg, utils.make_env, dreamer.train).examine()
+    assert f"problem speed      {sentence}" in capsys.readouterr().out
 
 
 # Full
