@@ -225,6 +225,7 @@ class WorkerTask:
     def __call__(self):
         if os.getpid() != self.parent:  # TorchRL also builds one in the parent, to look at it
             end_with(self.parent)
+            quiet_libraries()
         return make_task(self.cfg, self.seeds)
 
 
