@@ -26,7 +26,7 @@ def check_wandb(cfg):
             "wandb is not installed: pip install wandb, or use logger.mode=disabled"
         ) from None
     try:
-        has_key = cfg.logger.mode != "online" or bool(wandb.api.api_key)
+        has_key = cfg.logger.mode != "online" or wandb.login(prompt=False, verify=False)
     except ValueError as error:
         raise odd_settings(error) from None
     if not has_key:

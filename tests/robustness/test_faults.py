@@ -280,11 +280,12 @@ def test_a_dead_worker(tmp_path):
 # Dashboards
 
 
-def test_wandb_without_a_key(tmp_path, monkeypatch):
+def test_wandb_without_a_key(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     sentence = refused(tmp_path / "run", "logger.mode=online")
     assert "needs an API key: run `wandb login`, or use logger.mode=offline" in sentence
+    assert "deprecated" not in capfd.readouterr().err
 
 
 def test_wandb_with_an_address_that_is_none(tmp_path, monkeypatch):
