@@ -33,10 +33,12 @@ def overrides(run):
 def train(run, folder, steps):
     """The rows of the first `steps` environment steps, trained again."""
     words = [*overrides(run), f"collector.total_steps={steps}", f"run_dir={folder}/run"]
-    words += ["device=cpu", "logger.mode=disabled", "logger.progress=false"]
+    words += ["device=cpu", "logger.mode=disabled"]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "dreamer.py", *words]
-    subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True)
+    # Without its summary, which names files that will be gone; the progress bar stays.
+    quiet = subprocess.DEVNULL
+    subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True, stdout=quiet)
     return read_jsonl(Path(folder, "run", "metrics.jsonl"), COUNTERS)
 
 
