@@ -1,9 +1,9 @@
 """One update of this checkout beside one of another: `python benchmarks/compare_commits.py OTHER`.
 
-Measures a whole update from pixels, with the paper's sizes and those of the laptop preset, in
-bfloat16 and in float32, and prints the medians, how many times faster this checkout is (the median
-of the ratios within a round, and their range: two copies of one commit are 1 only within it), the
-peak memory of each process, and whether both computed the same.
+Measures a whole update from pixels, with the paper's sizes and those of the laptop preset, and one
+from states, in bfloat16 and in float32. Prints the medians, how many times faster this checkout is
+(the median of the ratios within a round, and their range: two copies of one commit are 1 only
+within it), the peak memory of each process, and whether both computed the same.
 
 The other checkout is a directory, say of `git worktree add ../before COMMIT`. It is read, never
 written to. Both take the same sizes, and the same Python with its packages. How they take turns is
@@ -23,11 +23,13 @@ from workers import Worker, summarize, take_turns, times_faster
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("replay_buffer.batch_size=128", "replay_buffer.batch_length=16")
+STATES = ("replay_buffer.batch_size=512", "replay_buffer.batch_length=16")
+STATES += ("networks.belief_dim=200", "networks.hidden_dim=200", "env.from_pixels=false")
 COLUMNS = ["one update", "this, s", "other, s", "this is times faster", "from round to round"]
 COLUMNS += ["this, peak GiB", "other, peak GiB", "same first losses", "rounds"]
 
 
-def build_update(checkout, device, threads, precision, laptop, overrides):
+def build_update(checkout, device, threads, precision, observation, laptop, overrides):
     """One whole update of `checkout`, in a process that has not imported dreamer.py yet."""
     sys.dont_write_bytecode = True
     sys.path.insert(0, checkout)
@@ -56,7 +58,7 @@ def build_update(checkout, device, threads, precision, laptop, overrides):
     utils.tune_process(device)
     torch.manual_seed(0)
     length = cfg.replay_buffer.batch_length
-    rows = make_rows("pixels", cfg.replay_buffer.batch_size // length, length, device)
+    rows = make_rows(observation, cfg.replay_buffer.batch_size // length, length, device)
     build = build_new if hasattr(dreamer, "make_agent") else build_old
     update = build(cfg, rows, device)
     first = [float(metric) for name, metric in update().items() if name.endswith("loss")]
@@ -171,11 +173,16 @@ def main():
     for name, path in checkouts.items():
         print(f"{name}: {revision(path)} in {path}", flush=True)
     paper = ("paper's networks, 8 x 16 frames", SMALL) if args.quick else ("paper's sizes", ())
+    cases = (
+        (paper[0], {"observation": "pixels", "laptop": False, "overrides": paper[1]}),
+        ("laptop's sizes", {"observation": "pixels", "laptop": True, "overrides": ()}),
+        ("states, 512 frames", {"observation": "states", "laptop": False, "overrides": STATES}),
+    )
     lines = []
-    for laptop, (title, overrides) in {False: paper, True: ("laptop's sizes", ())}.items():
+    for title, case in cases:
         for precision in ("bfloat16", "float32"):
-            case = {"precision": precision, "laptop": laptop, "overrides": overrides}
-            lines.append(compare(f"{title}, {precision}", checkouts, args, **case))
+            line = f"{title}, {precision}"
+            lines.append(compare(line, checkouts, args, precision=precision, **case))
     print(f"\n{table(COLUMNS, [line for line in lines if line])}", end="")
     if None in lines:
         raise SystemExit(1)

@@ -24,6 +24,8 @@ from variants import CUDA_UPDATES, PHASES, Size
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"pixels": (64, 64, 3), "states": (5,)}
+# The most of an eager update; fewer is better, and then these are lowered.
+KERNELS = {"float32": 6_100, "bfloat16": 7_050}
 FUSED_GRU = "aten._thnn_fused_gru_cell.default"
 
 
@@ -75,6 +77,18 @@ def test_an_update_is_on_the_gpu_alone_and_never_waits(gpu, kind, discount, prec
             (x.device, x.dtype, x.stride()) for x in (parameter.grad, parameter.detach())
         )
         assert got == wanted and got[:2] == (GPU, torch.float32), name
+
+
+@pytest.mark.parametrize("precision", KERNELS)
+def test_an_update_of_the_papers_lengths_asks_for_no_more_kernels(gpu, precision):
+    """Each costs a GPU that is not told ahead some microseconds; sizes change nothing."""
+    agent, cfg = make_agent("pixels", "optimization.horizon=15")
+    hp, dtype = cfg.optimization, PRECISIONS[precision]
+    optimizers, batch = utils.make_optimizers(hp, agent, dtype), make_batch("pixels", L=50)
+    noise = dreamer.draw_noise(*batch.shape, hp, agent.world_model)
+    gpu.clear()
+    dreamer.update(agent, optimizers, batch, noise, hp, make_autocast(GPU, dtype))
+    assert gpu.kernels <= KERNELS[precision]
 
 
 def test_networks_compute_in_the_precision_of_autocast(gpu):

@@ -24,6 +24,15 @@ aten = torch.ops.aten
 READ = aten._local_scalar_dense.default  # item(), float(), bool(), if
 # Besides, what must see numbers to know a shape.
 WAITS = {READ, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
+# Views by another name, memory that nothing is written to yet, and a question.
+WITHOUT_KERNEL = {
+    torch.ops.prim.device.default,
+    aten._unsafe_view.default,
+    aten.unsafe_split.Tensor,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+}
 
 
 # --- The fused GRU cell, of which PyTorch knows no shapes ----------------------------------------
@@ -69,7 +78,8 @@ class FakeGPU(TorchDispatchMode):
 
     Attributes:
         truth: what a bool is that comes from the GPU.
-        operations: names of all operations that were launched.
+        operations: names of all operations.
+        kernels: how many of them a GPU would be asked to compute; views need nothing of it.
         waits: a word for each time that the CPU waited for the GPU.
         copies: (up or down, pinned or pageable) of each copy between the two.
         mixed: names of operations, other than copies, that had tensors of both, numbers aside.
@@ -85,6 +95,7 @@ class FakeGPU(TorchDispatchMode):
     def clear(self):
         """Forgets what was noted."""
         self.operations, self.waits, self.copies, self.mixed, self.events = [], [], [], [], []
+        self.kernels = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,6 +103,7 @@ class FakeGPU(TorchDispatchMode):
         if not any(is_fake(x) or names_gpu(x) for x in leaves):
             return operation(*args, **kwargs)
         self.operations.append(str(operation))
+        self.kernels += not (operation.is_view or operation in WITHOUT_KERNEL)
         self.note(operation, args, kwargs)
         if operation is READ:
             return self.real(args[0]).item()

@@ -23,7 +23,7 @@ import dreamer_utils as utils
 RANDOM = 300  # the mean return of random actions
 ENOUGH = 600
 FLAGS = """
---config-name config_state env.task=balance collector.total_steps=15000 eval.every=0
+--config-name config_state env.task=balance collector.total_steps=20000 eval.every=0
 logger.mode=disabled logger.progress=false checkpoint.every=100000
 """.split()
 
