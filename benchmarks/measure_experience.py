@@ -5,6 +5,7 @@ The sections `collection` and `replay` of throughput.py.
 
 import functools
 import itertools
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -63,10 +64,11 @@ def build_bare(kept_camera):
     return measure
 
 
-def build_collection(device, threads, chunk, folder):
-    """Our collector and replay: environment, policy with exploration noise, storage."""
+def build_collection(device, threads, chunk, folder, copies=1):
+    """Our collector and replay: environments, policy with exploration noise, storage."""
     set_threads(threads)
-    cfg = configuration(f"run_dir={folder}/run", f"device={device}")
+    words = f"run_dir={folder}/run", f"device={device}", f"env.n_parallel_envs={copies}"
+    cfg = configuration(*words)
     cfg.collector.total_steps = 100_000
     cfg.collector.random_steps = 0
     cfg.collector.train_every = chunk * cfg.env.action_repeat
@@ -95,9 +97,15 @@ def measure_collection(args, report):
     shared = {"device": args.device, "threads": args.threads, "chunk": 20}
     with tempfile.TemporaryDirectory() as folder:
         workers = [Worker(name, build_bare, kept_camera=kept) for name, kept in bare.items()]
-        ours = Worker("our collector and replay", build_collection, folder=folder, **shared)
+        place = {"folder": f"{folder}/one"}
+        workers.append(Worker("our collector and replay", build_collection, **place, **shared))
+        # Copies are processes of the worker's own: it must neither be a daemon, nor share the
+        # server that workers come from, for copies end with the process that they come from.
+        place = {"folder": f"{folder}/two", "copies": 2, "daemon": False}
+        place["context"] = multiprocessing.get_context("spawn")
+        workers.append(Worker("the same, two copies", build_collection, **place, **shared))
         enough = 0.5 if args.quick else 3
-        answers = take_turns([*workers, ours], args.rounds, enough, most=200, until=args.until)
+        answers = take_turns(workers, args.rounds, enough, most=200, until=args.until)
     rows = {name: summarize(values) for name, values in answers.items()}
     for row in rows.values():
         if "bare, physics.render" in rows:

@@ -42,14 +42,15 @@ class Worker:
         name: of the variant.
         build: a function at the top of a module.
         context: of `multiprocessing`; without one, that of `preloaded_context`.
+        daemon: ends with this process, whatever happens, and can start none itself.
     """
 
-    def __init__(self, name, build, context=None, **kwargs):
+    def __init__(self, name, build, context=None, daemon=True, **kwargs):
         context = context or preloaded_context()
         self.name, self.failed = name, None
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, build, kwargs)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process = context.Process(target=serve, args=arguments, daemon=daemon)
         self.process.start()
         theirs.close()
 

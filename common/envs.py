@@ -226,6 +226,8 @@ class WorkerTask:
         if os.getpid() != self.parent:  # TorchRL also builds one in the parent, to look at it
             end_with(self.parent)
             quiet_libraries()
+            # Mesa's own threads would want the cores of the other copies; pixels stay the same.
+            os.environ.setdefault("LP_NUM_THREADS", "0")
         return make_task(self.cfg, self.seeds)
 
 
