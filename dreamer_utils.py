@@ -395,7 +395,11 @@ def build_env(cfg, seeds, memory=None):
         # By itself it would take threads away from training.
         threads = torch.get_num_threads()
         env = envs.ParallelEnv(
-            len(workers), workers, num_threads=threads, shutdown_timeout=SHUTDOWN_SECONDS
+            len(workers),
+            workers,
+            num_threads=threads,
+            use_buffers=False,  # with them it spins while it waits, and takes a core from a copy
+            shutdown_timeout=SHUTDOWN_SECONDS,
         )
         with children_without_signals():
             env.start()
