@@ -41,6 +41,10 @@ DAMAGE = (
 )
 
 
+# PyTorch's writer says so when it meets a full disk; other RuntimeErrors are mistakes here.
+WRITER = ("inline_container", "iostream error")
+
+
 def save_checkpoint(directory, keep, step, metadata, parts):
     """Writes the state of `parts` aside, then renames it; older ones than `keep` are deleted.
 
@@ -80,8 +84,7 @@ def full_disks(what, remedy):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # So does PyTorch's writer name itself when it meets a full disk; others are mistakes here.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER):
             raise
         reason = getattr(error, "strerror", None) or "the disk took only a part of it"
         raise UserError(f"{what} ({reason}): {remedy}") from None

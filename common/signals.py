@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing import resource_tracker
 
 STOP_SIGNALS = (
@@ -62,6 +63,30 @@ def end_with(parent):
         ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
         if os.getppid() != parent:  # it has ended before
             os._exit(1)
+        sys.stderr = LateErrors(sys.stderr)
+
+
+class LateErrors:
+    """The standard error of a process that ends with its parent.
+
+    The parent's pipes close a moment before the kernel ends this process, which would begin to
+    complain of them. Whatever it says waits for that moment.
+    """
+
+    MOMENT = 0.2  # seconds
+
+    def __init__(self, stream):
+        self.stream, self.last = stream, 0.0
+
+    def write(self, text):
+        """Writes, after a moment if nothing was written just now."""
+        if time.monotonic() - self.last > self.MOMENT:
+            time.sleep(self.MOMENT)
+        self.last = time.monotonic()
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class StopSignals:

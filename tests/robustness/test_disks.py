@@ -83,8 +83,8 @@ def disk(tmp_path):
 
 
 @pytest.fixture
-def read_only(disk):
-    """The same; root may write wherever a mode forbids it, so it must be mounted."""
+def mounted(disk):
+    """The same, but a disk: root may write wherever a mode forbids it, and size is a disk's."""
     if not disk.mounted:
         pytest.skip("mounting is not permitted here")
     return disk
@@ -112,6 +112,8 @@ def test_shared_memory_that_cannot_be_written_is_named(tmp_path, monkeypatch, ca
         raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm/pym-1")
 
     monkeypatch.setattr(multiprocessing.heap.Arena, "__init__", forbidden)
+    # The one of this process may still have room.
+    monkeypatch.setattr(multiprocessing.heap.BufferWrapper, "_heap", multiprocessing.heap.Heap())
     sentence = refused(tmp_path / "run", *SHORT)
     assert "(/dev/shm/pym-1)" in sentence and "chmod 1777" in sentence
     assert not (tmp_path / "run").exists()
@@ -204,24 +206,26 @@ def test_a_cut_film_is_never_taken_for_a_whole_one(disk, left):
     assert whole.read_bytes() == before and sorted(disk.path.iterdir()) == [whole]
 
 
-def test_a_replay_that_does_not_fit_is_refused_before_anything_is_written(disk):
-    sentence = refused(disk.path / "run", "env.from_pixels=true", "collector.total_steps=200000")
+def test_a_replay_that_does_not_fit_is_refused_before_anything_is_written(mounted):
+    sentence = refused(
+        mounted.path / "run", "env.from_pixels=true", "collector.total_steps=200000"
+    )
     assert "lower replay_buffer.capacity" in sentence or "free some space" in sentence
-    assert list(disk.path.iterdir()) == []
+    assert list(mounted.path.iterdir()) == []
 
 
 # Read-only, or not a directory
 
 
-def test_a_read_only_disk_is_one_sentence(read_only):
-    small(read_only.path / "old", *SHORT)
-    before = contents(read_only.path)
-    read_only.make_read_only()
+def test_a_read_only_disk_is_one_sentence(mounted):
+    small(mounted.path / "old", *SHORT)
+    before = contents(mounted.path)
+    mounted.make_read_only()
     for name in ("new", "old"):
-        sentence = refused(read_only.path / name, *SHORT)
+        sentence = refused(mounted.path / name, *SHORT)
         assert "ead-only file system" in sentence and "choose another run_dir" in sentence
         assert "free some space" not in sentence
-    assert contents(read_only.path) == before
+    assert contents(mounted.path) == before
 
 
 @pytest.mark.parametrize("below", [[], ["run"]])
@@ -347,10 +351,10 @@ def test_what_would_be_ignored_or_fail_later_is_refused(override, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_doctor_finds_a_read_only_directory(read_only, capsys):
+def test_the_doctor_finds_a_read_only_directory(mounted, capsys):
     """Also where the directory itself is the disk, and the one above can be written."""
-    read_only.make_read_only()
-    for run_dir in (read_only.path, read_only.path / "run"):
+    mounted.make_read_only()
+    for run_dir in (mounted.path, mounted.path / "run"):
         cfg = configure(*SMALL, *SHORT, f"run_dir={run_dir}")
         assert not utils.Doctor(cfg, utils.make_env, dreamer.train).examine()
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "run_dir " in line]

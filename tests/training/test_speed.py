@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from on_fake_gpu import find_compiler
 from tensordict import TensorDict
 from torch import nn
 
@@ -21,6 +22,7 @@ from common.rows import replay_layout
 from small_runs import SMALL, configure, small
 
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler is here")
 
 
 def pytorchs_own(layer):
@@ -161,6 +163,7 @@ def test_an_update_is_one_graph_of_static_shapes(pixels, discount):
         torch.testing.assert_close(loss, same)
 
 
+@needs_compiler
 def test_training_runs_compiled_and_acts_without_compiling(tmp_path):
     from torch._dynamo.utils import counters
 
@@ -184,6 +187,7 @@ def is_compiled(agent):
     return agent.compiled
 
 
+@needs_compiler
 def test_compile_is_chosen_by_device():
     def compiled(*overrides):
         cfg = configure(*SMALL, *overrides)
