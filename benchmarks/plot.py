@@ -61,8 +61,10 @@ def draw_task(axis, task, groups, colors):
     last_step = max(group.steps[-1] for group in groups)
     draw_published(axis, groups[0].runs[0].env, last_step)
     axis.set(title=task, xlabel="environment steps", ylabel="evaluation return")
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    low, high = axis.get_ylim()
+    low = min(0, low)
+    axis.set_xlim(0, 1.03 * last_step)  # the last point is a whole one
+    axis.set_ylim(low, high + 0.05 * (high - low))
     axis.legend(fontsize="small")
 
 

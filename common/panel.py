@@ -113,7 +113,7 @@ def draw_open_loop_errors(axis, title, unit, predicted, copied):
 
 def draw_observation_errors(axis, curves, from_pixels):
     """Of frames, or of the numbers of the state vector."""
-    unit = "squared error per pixel (0 to 1)" if from_pixels else "squared error per number"
+    unit = "squared error per pixel" if from_pixels else "squared error per number"
     title = "model: error of predicted " + ("frames" if from_pixels else "observations")
     errors = curves["observation_error"], curves["copied_observation"]
     draw_open_loop_errors(axis, title, unit, *errors)
