@@ -27,6 +27,8 @@ def check_wandb(cfg):
         ) from None
     try:
         has_key = cfg.logger.mode != "online" or wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:  # a key that is too short, say
+        raise UserError(f"{str(error).splitlines()[0]} Mend it, {WITHOUT_WANDB}") from None
     except ValueError as error:
         raise odd_settings(error) from None
     if not has_key:

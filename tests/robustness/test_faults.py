@@ -288,6 +288,12 @@ def test_wandb_without_a_key(tmp_path, monkeypatch, capfd):
     assert "deprecated" not in capfd.readouterr().err
 
 
+def test_wandb_with_a_key_that_cannot_be_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    sentence = refused(tmp_path / "run", "logger.mode=online")
+    assert "WANDB_API_KEY invalid" in sentence and "logger.mode=offline" in sentence
+
+
 def test_wandb_with_an_address_that_is_none(tmp_path, monkeypatch):
     def settings(**_):
         return wandb_settings(base_url="bogus")
