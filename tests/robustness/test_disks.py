@@ -17,6 +17,7 @@ import torch
 import common.run
 import dreamer
 import dreamer_utils as utils
+from common.checkpoint import full_disks
 from common.video import write_film
 from fingerprint import fingerprint
 from small_runs import ROOT, SMALL, before_phase, configure, small
@@ -153,6 +154,16 @@ def test_a_checkpoint_on_a_full_disk_leaves_those_before(disk, tmp_path, monkeyp
     disk.free()
     small(run, *SHORT)
     assert fingerprint(run) == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("word", ["inline_container.cc:858", "basic_ios::clear: iostream error"])
+def test_both_words_of_the_writer_for_a_full_disk_are_understood(word):
+    with pytest.raises(utils.UserError, match="took only a part"):
+        with full_disks("the checkpoint could not be written", "free some space"):
+            raise RuntimeError(word)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        with full_disks("the checkpoint could not be written", "free some space"):
+            raise RuntimeError("a mistake of ours")
 
 
 def test_rows_that_a_full_ring_overwrites_are_kept_first_or_the_run_ends(disk, tmp_path):
