@@ -1,10 +1,15 @@
-"""`throughput.py --cuda`: its table from made-up numbers, and what it says without a GPU."""
+"""`throughput.py --cuda`: its table from made-up numbers, and what it says without a GPU.
+
+And what count_operations.py counts.
+"""
 
 import sys
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from count_operations import computes, count
 from measure_runs import count_paper_run
 from report_cuda import COLUMNS, OURS, cuda_markdown
 from throughput import parse_arguments
@@ -94,3 +99,14 @@ def test_without_a_gpu_one_sentence_says_so(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         parse_arguments()
     assert ended.value.code == "this machine has no GPU that PyTorch can use: nothing is measured"
+
+
+def test_operations_are_counted_once_and_views_not_at_all():
+    x = torch.ones(4, 4)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        y = torch.nn.functional.linear(x, x.t()[:4].view(4, 4).to(torch.float32))  # 1: a product
+        y = y.reshape(2, 8).unsqueeze(0)
+        y = (y + y).tanh_()  # 2 and 3
+        torch.empty_like(y).copy_(y.sum())  # 4 and 5
+    assert count(profiler.events()) == 5
+    assert computes("graph_3_cpp_fused_elu_1") and not computes("ProfilerStep#1")
