@@ -66,7 +66,10 @@ def count_update(precision, compiled):
     update()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         update()
-    return count(profiler.events())
+    events = profiler.events()
+    if compiled and not any(FUSED in event.name for event in events):
+        raise SystemExit("nothing was compiled: install a C++ compiler (g++)")
+    return count(events)
 
 
 def main():
