@@ -74,7 +74,7 @@ def log_normal(target, mean, event_dims=0):
     error = mse_loss(mean, target, reduction="none")  # one pass over the images, and one back
     size = math.prod(error.shape[error.dim() - event_dims :])
     if event_dims:
-        error = error.flatten(-event_dims).sum(-1)
+        error = error.sum(tuple(range(-event_dims, 0)))
     return -0.5 * (error + size * math.log(2 * math.pi))
 
 

@@ -39,7 +39,7 @@ from common.episodes import (
 )
 from common.errors import UserError, user_message
 from common.evaluation import Evaluation, write_evaluation
-from common.layers import Deconvolution, FullPrecision, GRUCell
+from common.layers import Convolution, Deconvolution, FullPrecision, GRUCell
 from common.logger import Logger
 from common.memory import check_memory
 from common.opengl import no_opengl, prepare_gl
@@ -99,7 +99,9 @@ def make_encoder(net, observation_shape):
         net: the configuration's section `networks`, here and below.
     """
     if is_image(observation_shape):
-        return modules.ObsEncoder(net.channels, in_channels=observation_shape[-1])
+        encoder = modules.ObsEncoder(net.channels, in_channels=observation_shape[-1])
+        encoder.encoder[-2] = Convolution.like(encoder.encoder[-2])
+        return encoder
     return make_mlp(observation_shape[0], net.hidden_dim, depth=2, units=net.hidden_dim)
 
 
@@ -254,6 +256,9 @@ class Agent(nn.Module):
         self.compiled = False  # see common.device.compile_steps
         self.apply(initialize)
         self.to(memory_format=torch.channels_last)  # as images come from disk
+        for module in self.modules():
+            if isinstance(module, nn.ELU):
+                module.inplace = True  # saves memory, and its gradient needs no exponential
 
 
 def initialize(module):

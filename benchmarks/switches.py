@@ -7,7 +7,7 @@ from torch import nn
 
 import dreamer_utils as utils
 from common.device import route_float32_products
-from common.layers import Deconvolution
+from common.layers import Deconvolution, with_parameters_of
 
 
 # --- Process-wide settings, the same for both ways -----------------------------------------------
@@ -61,10 +61,20 @@ def plain_deconvolutions(agent, optimizers):
     layers = agent.world_model.decoder.decoder
     for index, layer in enumerate(layers):
         if isinstance(layer, Deconvolution):
-            size = layer.in_channels, layer.out_channels, layer.kernel_size
-            plain = nn.ConvTranspose2d(*size, stride=layer.stride, device="meta")
-            plain.weight, plain.bias = layer.weight, layer.bias
-            layers[index] = plain
+            layers[index] = with_parameters_of(layer, nn.ConvTranspose2d)
+
+
+def plain_convolutions(agent, optimizers):
+    """PyTorch's convolution at the end of the encoder, with the same parameters."""
+    layers = agent.world_model.encoder.encoder
+    layers[-2] = with_parameters_of(layers[-2], nn.Conv2d)
+
+
+def kept_elu_inputs(agent, optimizers):
+    """ELUs keep what they compute from."""
+    for module in agent.modules():
+        if isinstance(module, nn.ELU):
+            module.inplace = False
 
 
 def two_value_forwards(agent, optimizers):
@@ -89,6 +99,8 @@ WITHOUT = {
     "own gradients only": everything_differentiated,
     "channels_last": plain_layout,
     "own deconvolutions": plain_deconvolutions,
+    "own last convolution": plain_convolutions,
+    "ELU in place": kept_elu_inputs,
     "one value forward": two_value_forwards,
     "fused Adam": plain_adam,
 }

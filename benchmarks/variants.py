@@ -114,6 +114,8 @@ ABLATIONS = {  # one thing switched off
     "gradients of the wanted parameters only": replace(BEST, without="own gradients only"),
     "channels_last": replace(BEST, without="channels_last"),
     "own deconvolutions": replace(BEST, without="own deconvolutions"),
+    "own last convolution": replace(BEST, without="own last convolution"),
+    "ELU in place": replace(BEST, without="ELU in place"),
     "one value forward for both losses": replace(BEST, without="one value forward"),
     "fused Adam": replace(BEST, without="fused Adam"),
 }

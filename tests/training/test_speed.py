@@ -16,7 +16,7 @@ import dreamer
 import dreamer_utils as utils
 from common.device import compile_steps, make_autocast, say_if_crowded
 from common.errors import UserError
-from common.layers import Deconvolution, GRUCell
+from common.layers import Convolution, Deconvolution, GRUCell, with_parameters_of
 from common.replay import Replay
 from common.rows import replay_layout
 from small_runs import SMALL, configure, small
@@ -25,21 +25,19 @@ CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler is here")
 
 
-def pytorchs_own(layer):
-    """PyTorch's transposed convolution with the parameters of `layer`."""
-    size = layer.in_channels, layer.out_channels, layer.kernel_size
-    own = nn.utils.skip_init(nn.ConvTranspose2d, *size, stride=layer.stride)
-    own.weight, own.bias = layer.weight, layer.bias
-    return own
-
-
 def plain(agent):
-    """The same agent with PyTorch's own transposed convolutions and the channels first."""
-    layers = agent.world_model.decoder.decoder
-    for index, layer in enumerate(layers):
-        if isinstance(layer, Deconvolution):
-            layers[index] = pytorchs_own(layer)
-    assert not any(isinstance(layer, Deconvolution) for layer in agent.modules())
+    """The same agent with PyTorch's own convolutions and ELUs, and the channels first."""
+    own = {Convolution: nn.Conv2d, Deconvolution: nn.ConvTranspose2d}
+    replaced = []
+    for layers in (agent.world_model.encoder.encoder, agent.world_model.decoder.decoder):
+        for index, layer in enumerate(layers):
+            if type(layer) in own:
+                replaced.append(type(layer))
+                layers[index] = with_parameters_of(layer, own[type(layer)])
+    assert replaced == [Convolution, *[Deconvolution] * 4]
+    for module in agent.modules():
+        if isinstance(module, nn.ELU):
+            module.inplace = False
     preprocess = agent.world_model.preprocess
     agent.world_model.preprocess = lambda observation: preprocess(observation).contiguous()
     return agent.to(memory_format=torch.contiguous_format)
@@ -115,6 +113,23 @@ def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
     torch.testing.assert_close(own, image, atol=tolerance, rtol=tolerance)
     for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [4, 6, 7])
+def test_own_convolution_equals_pytorchs(size, dtype):
+    layer = nn.Conv2d(6, 5, 4, stride=2).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 6, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    inputs = x, layer.weight, layer.bias
+    image = layer(x)
+    upstream = torch.randn_like(image)
+    wanted = torch.autograd.grad(image, inputs, upstream)
+    own = Convolution.like(layer)(x)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert torch.equal(own, image)
+    for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+        assert got.stride() == want.stride()
 
 
 def test_the_gru_cell_written_out_equals_pytorchs(dtype):
