@@ -256,9 +256,19 @@ class Agent(nn.Module):
         self.compiled = False  # see common.device.compile_steps
         self.apply(initialize)
         self.to(memory_format=torch.channels_last)  # as images come from disk
-        for module in self.modules():
-            if isinstance(module, nn.ELU):
-                module.inplace = True  # saves memory, and its gradient needs no exponential
+        for model in (world_model.prior, world_model.posterior, actor):
+            elu_in_place(model)
+
+
+def elu_in_place(model):
+    """Saves memory, and an exponential in every gradient.
+
+    For inputs [n, I] only: a linear layer returns a view of anything longer, and to write into a
+    view costs a copy.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ELU):
+            module.inplace = True
 
 
 def initialize(module):
