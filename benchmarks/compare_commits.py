@@ -29,7 +29,7 @@ COLUMNS = ["one update", "this, s", "other, s", "this is times faster", "from ro
 COLUMNS += ["this, peak GiB", "other, peak GiB", "same first losses", "rounds"]
 
 
-def build_update(checkout, device, threads, precision, observation, laptop, overrides):
+def build_update(checkout, device, threads, exact, precision, observation, laptop, overrides):
     """One whole update of `checkout`, in a process that has not imported dreamer.py yet."""
     sys.dont_write_bytecode = True
     sys.path.insert(0, checkout)
@@ -56,6 +56,8 @@ def build_update(checkout, device, threads, precision, observation, laptop, over
     )
     device = utils.resolve_device(cfg.device)
     utils.tune_process(device)
+    if exact:
+        torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     length = cfg.replay_buffer.batch_length
     rows = make_rows(observation, cfg.replay_buffer.batch_size // length, length, device)
@@ -141,7 +143,7 @@ def revision(checkout):
 def compare(title, checkouts, args, **case):
     """One line of the table: both checkouts take turns; None if one of them fails."""
     context = multiprocessing.get_context("spawn")
-    shared = case | {"device": args.device, "threads": args.threads}
+    shared = case | {"device": args.device, "threads": args.threads, "exact": args.exact}
     workers = [
         Worker(name, build_update, context, checkout=str(path), **shared)
         for name, path in checkouts.items()
@@ -166,6 +168,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="8 x 16 frames instead of 50 x 50")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--threads", type=int, help="threads of PyTorch")
+    exact = "float32 products are never rounded, even if a commit lets its processor do that"
+    parser.add_argument("--exact", action="store_true", help=exact)
     args = parser.parse_args()
     checkouts = {"this": ROOT, "other": args.other.resolve()}
     if not (checkouts["other"] / "dreamer.py").exists():
