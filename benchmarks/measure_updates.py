@@ -174,11 +174,16 @@ def build_torchrl(variant, cfg, rows, device, clock):
 
 
 def named(variants, parts, always=()):
-    """Those variants whose name has one of `parts`; all of them if there are no parts."""
+    """Those variants whose name has one of `parts`, or is it; all of them if there are no parts.
+
+    A part that is a whole name stands for that one only: "ours, bfloat16" is not its compiled one.
+    """
     return {
         name: variant
         for name, variant in variants.items()
-        if not parts or name in always or any(part in name for part in parts)
+        if not parts
+        or name in always
+        or any(part == name if part in variants else part in name for part in parts)
     }
 
 

@@ -84,9 +84,14 @@ def machine(args):
     }
 
 
-def listed(text):
+def listed(text, separator=","):
     """A comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def listed_names(text):
+    """A list separated by semicolons, because names of sizes and variants have commas."""
+    return listed(text, ";")
 
 
 def parse_arguments():
@@ -95,8 +100,14 @@ def parse_arguments():
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--cuda", action="store_true", help="one table about a GPU, ten minutes")
     parser.add_argument("--only", type=listed, help=", ".join(SECTIONS))
-    parser.add_argument("--sizes", type=listed, help="updates whose size has: pixels,8 x 16")
-    parser.add_argument("--variants", type=listed, help="updates whose name has: ours")
+    parser.add_argument(
+        "--sizes", type=listed_names, help="updates whose size has, or is: pixels, 50 x 50; 8 x 16"
+    )
+    parser.add_argument(
+        "--variants",
+        type=listed_names,
+        help="updates whose name has, or is: ours, bfloat16; library",
+    )
     parser.add_argument("--rounds", type=int, help="turns of each variant; default 7, quick 3")
     # With --cuda, `--device cpu` tries its code where there is no GPU.
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")

@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from count_operations import computes, count
 from measure_runs import count_paper_run
+from measure_updates import named
 from report_cuda import COLUMNS, OURS, cuda_markdown
 from throughput import parse_arguments
-from variants import CUDA_BASELINE, CUDA_UPDATES, PAPER_SIZE
+from variants import CUDA_BASELINE, CUDA_UPDATES, PAPER_SIZE, SIZES, UPDATES
 
 
 def update_row(median, **more):
@@ -110,3 +111,13 @@ def test_operations_are_counted_once_and_views_not_at_all():
         torch.empty_like(y).copy_(y.sum())  # 4 and 5
     assert count(profiler.events()) == 5
     assert computes("graph_3_cpp_fused_elu_1") and not computes("ProfilerStep#1")
+
+
+def test_a_whole_name_chooses_one_and_a_part_all_that_have_it(monkeypatch):
+    words = ["--sizes", "pixels, 50 x 50", "--variants", "library, float32; ours, bfloat"]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *words])
+    options = parse_arguments()
+    assert list(named(SIZES, options.sizes)) == ["pixels, 50 x 50"]
+    chosen = ["library, float32", "ours, bfloat16", "ours, bfloat16, compiled"]
+    assert list(named(UPDATES, options.variants)) == [name for name in UPDATES if name in chosen]
+    assert named(SIZES, None) == SIZES
