@@ -1,5 +1,6 @@
 """What a command line says of a whole run: its task, its name, the run that it goes on with."""
 
+import contextlib
 import hashlib
 import re
 import shlex
@@ -106,6 +107,9 @@ def quoted_override(key, value):
 
 def end_of_job(sentence):
     """What to raise when a job cannot go on: it ends the process, or one job of a sweep."""
+    # What was said before comes first, also in a file that takes both, as a log of Slurm does.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if not sweep:
         return SystemExit(sentence)

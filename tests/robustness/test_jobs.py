@@ -175,3 +175,11 @@ def test_a_key_of_an_older_version_that_may_change_does_not_matter(tmp_path):
         small(run, *SHORT)
     assert "networks_extra=3" in str(caught.value)
     assert "colors" not in str(caught.value) and "drop_damaged" not in str(caught.value)
+
+
+def test_in_a_file_the_error_stands_after_what_was_said_before(tmp_path):
+    code = "from common.command_line import end_of_job; print('first'); raise end_of_job('last')"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "said").open("w") as said:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=said, stderr=said)
+    assert (tmp_path / "said").read_text() == "first\nlast\n"
