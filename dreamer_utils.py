@@ -39,7 +39,13 @@ from common.episodes import (
 )
 from common.errors import UserError, user_message
 from common.evaluation import Evaluation, write_evaluation
-from common.layers import Convolution, Deconvolution, FullPrecision, GRUCell
+from common.layers import (
+    Convolution,
+    Deconvolution,
+    FullPrecision,
+    GRUCell,
+    with_parameters_of,
+)
 from common.logger import Logger
 from common.memory import check_memory
 from common.opengl import no_opengl, prepare_gl
@@ -100,7 +106,7 @@ def make_encoder(net, observation_shape):
     """
     if is_image(observation_shape):
         encoder = modules.ObsEncoder(net.channels, in_channels=observation_shape[-1])
-        encoder.encoder[-2] = Convolution.like(encoder.encoder[-2])
+        encoder.encoder[-2] = with_parameters_of(encoder.encoder[-2], Convolution)
         return encoder
     return make_mlp(observation_shape[0], net.hidden_dim, depth=2, units=net.hidden_dim)
 
@@ -113,7 +119,7 @@ def make_decoder(net, observation_shape):
     decoder = modules.ObsDecoder(net.channels, latent_dim=features)
     decoder.state_to_latent[1] = nn.Identity()  # officially no activation here
     for index in range(0, len(decoder.decoder), 2):
-        decoder.decoder[index] = Deconvolution.like(decoder.decoder[index])
+        decoder.decoder[index] = with_parameters_of(decoder.decoder[index], Deconvolution)
     decoder.decoder.append(FullPrecision())
     return decoder
 

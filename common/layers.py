@@ -30,11 +30,6 @@ def as_autocast_would(*tensors):
 class Convolution(nn.Conv2d):
     """A convolution of stride 2 without padding, for outputs of few pixels; faster on a CPU."""
 
-    @classmethod
-    def like(cls, layer):
-        """A layer with the parameters of `layer`, an `nn.Conv2d`."""
-        return with_parameters_of(layer, cls)
-
     def forward(self, x):
         """[n, I, h, h] -> [n, O, (h - k) // 2 + 1, same], as in PyTorch."""
         if x.device.type != "cpu":
@@ -74,11 +69,6 @@ class Deconvolution(nn.ConvTranspose2d):
 
     A 1 x 1 input is a matrix product, a larger one goes through `SubPixelConvolution`.
     """
-
-    @classmethod
-    def like(cls, layer):
-        """A layer with the parameters of `layer`, an `nn.ConvTranspose2d`."""
-        return with_parameters_of(layer, cls)
 
     def forward(self, x):
         """[n, I, h, h] -> [n, O, 2 (h - 1) + k, same], as in PyTorch."""

@@ -98,9 +98,13 @@ def test_reduced_precision_stays_within_its_bound(reference, kind, dtype, bound)
     assert 0 < distance(gradient, reference[1]) < bound
 
 
-@pytest.mark.parametrize("size, kernel", [(1, 5), (5, 5), (13, 6), (30, 6)])
-def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
-    layer = nn.ConvTranspose2d(6, 4, kernel, stride=2).to(dtype)
+@pytest.mark.parametrize(
+    "own, size, kernel",
+    [(Convolution, size, 4) for size in (4, 6, 7)]
+    + [(Deconvolution, *sizes) for sizes in ((1, 5), (5, 5), (13, 6), (30, 6))],
+)
+def test_own_convolutions_equal_pytorchs(own, size, kernel, dtype):
+    layer = own.__base__(6, 4, kernel, stride=2).to(dtype)
     layer.to(memory_format=torch.channels_last)
     x = torch.randn(3, 6, size, size, dtype=dtype).to(memory_format=torch.channels_last)
     x.requires_grad_()
@@ -108,28 +112,11 @@ def test_own_deconvolution_equals_pytorchs(size, kernel, dtype):
     image = layer(x)
     upstream = torch.randn_like(image)
     wanted = torch.autograd.grad(image, inputs, upstream)
-    own = Deconvolution.like(layer)(x)
+    got = with_parameters_of(layer, own)(x)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(own, image, atol=tolerance, rtol=tolerance)
-    for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted):
-        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("size", [4, 6, 7])
-def test_own_convolution_equals_pytorchs(size, dtype):
-    layer = nn.Conv2d(6, 5, 4, stride=2).to(dtype).to(memory_format=torch.channels_last)
-    x = torch.randn(3, 6, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    x.requires_grad_()
-    inputs = x, layer.weight, layer.bias
-    image = layer(x)
-    upstream = torch.randn_like(image)
-    wanted = torch.autograd.grad(image, inputs, upstream)
-    own = Convolution.like(layer)(x)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
-    assert torch.equal(own, image)
-    for got, want in zip(torch.autograd.grad(own, inputs, upstream), wanted, strict=True):
-        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
-        assert got.stride() == want.stride()
+    torch.testing.assert_close(got, image, atol=tolerance, rtol=tolerance)
+    for mine, theirs in zip(torch.autograd.grad(got, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 
 def test_the_gru_cell_written_out_equals_pytorchs(dtype):
