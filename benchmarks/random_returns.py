@@ -1,4 +1,4 @@
-"""What random actions score: `python benchmarks/random_returns.py TASK... [--episodes 20]`.
+"""What random actions score: `python benchmarks/random_returns.py TASK... [--episodes 100]`.
 
 A task is written as on the cards, "cartpole balance". Uniform actions, each repeated as in the
 states preset; returns do not depend on what is observed, so nothing is rendered. The means go to
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 # A script finds modules in its own directory only; dreamer.py is one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dreamer_utils as utils  # noqa: E402
-from measuring import configuration  # noqa: E402
+from measuring import ROOT, configuration  # noqa: E402
 from results import RANDOM  # noqa: E402
 
 
@@ -39,8 +40,9 @@ def main():
     """Measures the tasks of the command line, one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="+")
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=4, help="environment steps per action")
+    parser.add_argument("--episodes", type=int, default=100)
+    repeat = OmegaConf.load(ROOT / "config_state.yaml").env.action_repeat
+    parser.add_argument("--repeat", type=int, default=repeat, help="environment steps per action")
     options = parser.parse_args()
     means = json.loads(RANDOM.read_text()) if RANDOM.exists() else {}
     for task in options.tasks:
