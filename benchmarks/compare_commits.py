@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from report_throughput import table
-from workers import Worker, summarize, take_turns, times_faster
+from workers import Worker, run_until_stopped, summarize, take_turns, times_faster
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("replay_buffer.batch_size=128", "replay_buffer.batch_length=16")
@@ -193,4 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_until_stopped(main)

@@ -39,7 +39,7 @@ from measure_updates import (  # noqa: E402
 from measuring import ROOT, find_renderer, set_threads  # noqa: E402
 from report_cuda import cuda_markdown  # noqa: E402
 from report_throughput import markdown  # noqa: E402
-from workers import available_gib  # noqa: E402
+from workers import available_gib, run_until_stopped  # noqa: E402
 
 SECTIONS = {
     "floor": measure_floor,
@@ -158,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_until_stopped(main)

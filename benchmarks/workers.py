@@ -13,6 +13,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -82,6 +83,7 @@ class Worker:
 
 def serve(pipe, build, kwargs):
     """The worker's side. A `lean` turn warms up first, and gives free memory back afterwards."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     try:
         measure = build(**kwargs)
         pipe.send({})
@@ -91,6 +93,8 @@ def serve(pipe, build, kwargs):
             pipe.send(measure(repeats))
             if lean and hasattr(ctypes.CDLL(None), "malloc_trim"):
                 ctypes.CDLL(None).malloc_trim(0)
+    except (EOFError, BrokenPipeError):
+        return  # that process has ended
     except Exception as error:
         traceback.print_exc()
         pipe.send({"failed": f"{type(error).__name__}: {error}".splitlines()[0]})
@@ -127,6 +131,14 @@ def take_turns(workers, rounds, enough=0.5, most=20, lean=False, until=math.inf)
     for worker in workers:
         worker.close()
     return {worker.name: answers[worker.name] for worker in workers if not worker.failed}
+
+
+def run_until_stopped(main):
+    """Runs a script's `main`; after Ctrl-C it says so, and the workers end with this process."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: nothing was written") from None
 
 
 def summarize(answers):

@@ -3,7 +3,11 @@
 And what count_operations.py counts.
 """
 
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from count_operations import computes, count
 from measure_runs import count_paper_run
 from measure_updates import named
+from measuring import ROOT
 from report_cuda import COLUMNS, OURS, cuda_markdown
 from throughput import parse_arguments
 from variants import CUDA_BASELINE, CUDA_UPDATES, PAPER_SIZE, SIZES, UPDATES
@@ -121,3 +126,20 @@ def test_a_whole_name_chooses_one_and_a_part_all_that_have_it(monkeypatch):
     chosen = ["library, float32", "ours, bfloat16", "ours, bfloat16, compiled"]
     assert list(named(UPDATES, options.variants)) == [name for name in UPDATES if name in chosen]
     assert named(SIZES, None) == SIZES
+
+
+def test_ctrl_c_ends_a_measurement_with_one_sentence():
+    """A terminal sends it to the whole group: to the script and to the processes that measure."""
+    script = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "benchmarks" / "throughput.py", "--only", "floor"],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    script.stdout.readline()  # the machine; then the processes are started
+    time.sleep(3)
+    os.killpg(script.pid, signal.SIGINT)
+    _, errors = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert errors == "stopped: nothing was written\n"
