@@ -18,6 +18,8 @@ import statistics
 import sys
 import time
 import traceback
+from contextlib import nullcontext
+from multiprocessing import forkserver
 from pathlib import Path
 
 PRELOADED = ("measure_updates", "measure_experience")
@@ -30,7 +32,22 @@ def preloaded_context():
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    with deaf_to_ctrl_c():
+        forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c():
+    """Processes that start in here, and what they fork, never hear Ctrl-C: it is for this one.
+
+    Neither does this one meanwhile: do not wait in here.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Worker:
@@ -52,7 +69,8 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, build, kwargs)
         self.process = context.Process(target=serve, args=arguments, daemon=daemon)
-        self.process.start()
+        with deaf_to_ctrl_c() if context.get_start_method() == "spawn" else nullcontext():
+            self.process.start()
         theirs.close()
 
     def receive(self):
@@ -83,7 +101,6 @@ class Worker:
 
 def serve(pipe, build, kwargs):
     """The worker's side. A `lean` turn warms up first, and gives free memory back afterwards."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     try:
         measure = build(**kwargs)
         pipe.send({})
@@ -93,7 +110,7 @@ def serve(pipe, build, kwargs):
             pipe.send(measure(repeats))
             if lean and hasattr(ctypes.CDLL(None), "malloc_trim"):
                 ctypes.CDLL(None).malloc_trim(0)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         return  # that process has ended
     except Exception as error:
         traceback.print_exc()
@@ -134,10 +151,12 @@ def take_turns(workers, rounds, enough=0.5, most=20, lean=False, until=math.inf)
 
 
 def run_until_stopped(main):
-    """Runs a script's `main`; after Ctrl-C it says so, and the workers end with this process."""
+    """Runs a script's `main`; after Ctrl-C it ends the workers and says so."""
     try:
         main()
     except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.kill()
         raise SystemExit("stopped: nothing was written") from None
 
 
