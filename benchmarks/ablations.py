@@ -2,7 +2,8 @@
 
 Every variant differs from the preset in one value, or in one function of dreamer.py that is
 replaced here, so that the paper's configuration needs no key for it. Runs that were interrupted go
-on, finished ones are kept: the same command ends with the table, and `--table` only prints it.
+on, finished ones are kept: the same command ends with the tables, and `--table` only prints them.
+`--into` puts them between the two marks of a page, such as docs/learning.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import dreamer  # noqa: E402
 import dreamer_utils as utils  # noqa: E402
+from markdown_tables import add_page_option, markdown_table, put_into_page  # noqa: E402
 
 PRESET = "config_state"
 COLUMNS = ("variant", "seeds", "returns", "mean", "95 % interval of the mean", "minus the preset")
@@ -120,11 +122,11 @@ def interval(values):
 
 
 def row(variant, returns, preset):
-    """One line of the table; both are {seed: return}, and differences are between same seeds."""
+    """The cells of a variant; both are {seed: return}, and differences are between same seeds."""
     mean, half = interval(list(returns.values()))
     common = returns.keys() & preset.keys()
     difference, about = interval([returns[seed] - preset[seed] for seed in sorted(common)])
-    cells = (
+    return (
         variant,
         str(len(returns)),
         ", ".join(f"{returns[seed]:.0f}" for seed in sorted(returns)),
@@ -132,11 +134,10 @@ def row(variant, returns, preset):
         f"{mean - half:.0f} to {mean + half:.0f}",
         "-" if returns is preset else f"{difference:+.0f} +- {about:.0f}",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
-def print_tables(folder, seeds):
-    """What is finished so far."""
+def tables(folder, seeds):
+    """What is finished so far, as Markdown: the variants, then the two ways to play the preset."""
     trained, played = {}, {}
     for variant in TRAINED:
         for seed in seeds:
@@ -150,11 +151,17 @@ def print_tables(folder, seeds):
             if path.exists():
                 returns = json.loads(path.read_text())["returns"]
                 played.setdefault(way, {})[seed] = float(np.mean(returns))
-    for results in (trained, played):
-        if results:
-            first = next(iter(results.values()))
-            print("\n| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-            print("\n".join(row(name, returns, first) for name, returns in results.items()))
+    return "\n\n".join(
+        markdown_table(
+            COLUMNS,
+            [
+                row(name, returns, next(iter(results.values())))
+                for name, returns in results.items()
+            ],
+        )
+        for results in (trained, played)
+        if results
+    )
 
 
 def main():
@@ -165,15 +172,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--episodes", type=int, default=20, help="of each agent that is played")
     parser.add_argument("--table", action="store_true", help="print what is there")
+    add_page_option(parser)
     parser.add_argument("--train", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--play", metavar="WAY", help=argparse.SUPPRESS)
     parser.add_argument("--words", nargs="*", default=[], help="overrides of all runs")
     options = parser.parse_args()
     folder, seeds = options.folder.absolute(), options.seeds
     if options.train:
-        return train(folder, options.train, seeds[0], options.words)
+        train(folder, options.train, seeds[0], options.words)
+        return
     if options.play:
-        return play(folder, options.play, seeds[0], options.episodes)
+        play(folder, options.play, seeds[0], options.episodes)
+        return
     for seed in () if options.table else seeds:
         for variant in options.only:
             in_a_process(folder, "--seeds", seed, "--train", variant, "--words", *options.words)
@@ -181,7 +191,10 @@ def main():
         for way in PLAYED if "the preset" in options.only else ():
             words = ("--seeds", seed, "--episodes", options.episodes, "--play", way)
             in_a_process(folder, *words)
-    return print_tables(folder, seeds)
+    text = tables(folder, seeds)
+    print(text)
+    if options.into:
+        put_into_page(options.into, "ablations", text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Are our returns those of the paper? `python benchmarks/benchmark.py RUNS... [--all] [--readme]`.
+"""Are our returns those of the paper? `python benchmarks/benchmark.py RUNS...`.
 
 Compares runs with the published returns of each seed (common/published.csv), task by task, at the
 published steps only. A folder is a run, or holds runs; those that differ in nothing but their seed
 are one row. Runs whose settings are not those of config.yaml are left out: it would be another
 experiment. `--all` shows every published step that the runs have reached, not only the last;
-`--readme` puts the table between the two marks in the README.
+`--into` puts the table between the two marks of a page, such as README.md.
 
 What is compared. Published points are 100,000 environment steps apart, and look like the mean of
 the evaluations since the point before (they are too smooth for single episodes). So ours is the
@@ -31,13 +31,11 @@ sys.path.insert(0, str(ROOT))  # a script finds modules in its own directory onl
 
 from common.keys import changes_learning, flatten  # noqa: E402
 from common.plots import NEAR, is_published_setting, published_returns  # noqa: E402
-from markdown_tables import markdown_table, put_into_readme  # noqa: E402
+from markdown_tables import add_page_option, markdown_table, put_into_page  # noqa: E402
 from run_groups import TASK_KEYS, read_groups  # noqa: E402
 
 SPACING = 100_000  # environment steps between two published points
 FEWEST = 5  # evaluations in between; one episode each says little
-COMMAND = "python benchmarks/benchmark.py benchmarks/results/paper-size --readme"
-MARKS = f"<!-- verdict: {COMMAND} -->", "<!-- end of verdict -->"
 COLUMNS = (
     "task",
     "environment steps",
@@ -140,11 +138,11 @@ def table(groups, every_step, say):
 
 
 def main():
-    """Prints the table, and puts it into the README if asked to."""
+    """Prints the table, and puts it into a page if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="runs, or folders of runs")
     parser.add_argument("--all", action="store_true", help="every published step")
-    parser.add_argument("--readme", action="store_true")
+    add_page_option(parser)
     options = parser.parse_args()
     missing = [str(path) for path in options.runs if not path.is_dir()]
     if missing:
@@ -156,8 +154,8 @@ def main():
     text = table(read_groups(options.runs, say), options.all, say)
     text = text or "No run with the settings of `config.yaml` has reached a published step yet."
     print(text)
-    if options.readme:
-        put_into_readme(MARKS, text)
+    if options.into:
+        put_into_page(options.into, "verdict", text)
 
 
 if __name__ == "__main__":

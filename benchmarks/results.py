@@ -1,8 +1,8 @@
-"""A Markdown table of runs from their cards: `python benchmarks/results.py FOLDER... [--readme]`.
+"""A Markdown table of runs from their cards: `python benchmarks/results.py FOLDER...`.
 
 A folder is a run, or holds runs: those of one task are its seeds and become one row. A card is the
-run.json that every run keeps. `--readme` puts the table between the two marks in the README's
-section on results. Returns of random actions come from benchmarks/results/random.json.
+run.json that every run keeps. `--into` puts the table between the two marks of a page, such as
+README.md. Returns of random actions come from benchmarks/results/random.json.
 """
 
 import argparse
@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from markdown_tables import markdown_table, put_into_readme
+from markdown_tables import add_page_option, markdown_table, put_into_page
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = "python benchmarks/results.py benchmarks/results/*/ --readme"
-MARKS = f"<!-- results: {COMMAND} -->", "<!-- end of results -->"
 RANDOM = ROOT / "benchmarks" / "results" / "random.json"
 COLUMNS = (
     "runs",
@@ -83,17 +81,17 @@ def table(folders, random):
 
 
 def main():
-    """Prints the table, and puts it into the README if asked to."""
+    """Prints the table, and puts it into a page if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--readme", action="store_true")
+    add_page_option(parser)
     options = parser.parse_args()
     text = table(options.folders, json.loads(RANDOM.read_text()) if RANDOM.exists() else {})
     if not text:
         parser.error("none of these holds the run.json of a finished run with an evaluation")
     print(text)
-    if options.readme:
-        put_into_readme(MARKS, text)
+    if options.into:
+        put_into_page(options.into, "results", text)
 
 
 if __name__ == "__main__":

@@ -138,14 +138,19 @@ def test_the_speed_tables_are_what_the_benchmark_wrote():
     assert [row for row in rows if row not in written] == []
 
 
-def test_the_table_of_results_is_what_the_cards_say():
-    marks = r"<!-- results: python (.*?) --readme -->\n(.*?)\n<!-- end"
-    words, table = re.search(marks, README, re.DOTALL).groups()
-    script, pattern = words.split()
-    command = [sys.executable, script, *sorted(map(str, ROOT.glob(pattern)))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == table
+@pytest.mark.parametrize("page", ["README.md", "docs/learning.md"])
+def test_every_table_with_a_command_is_what_the_command_prints(page):
+    marks = r"<!-- (\w+): python (.*?) --into (\S+) -->\n(.*?)\n<!-- end of \1 -->"
+    text = (ROOT / page).read_text()
+    tables = re.findall(marks, text, re.DOTALL)
+    assert len(tables) == text.count(" --into ") == text.count("<!-- end of ") >= 1
+    for _, words, into, table in tables:
+        assert into == page
+        done = subprocess.run(
+            f"{sys.executable} {words}", shell=True, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == table
 
 
 def test_every_pin_is_exact_and_requirements_txt_is_the_only_list():

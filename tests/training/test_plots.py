@@ -123,6 +123,22 @@ def test_seeds_of_one_task_become_one_row_of_the_table_of_results(watched, tmp_p
     assert single.startswith("| run | cartpole balance | 240 | 6 |") and "single seed" in single
 
 
+def test_a_table_goes_between_its_marks_and_nowhere_else(watched, tmp_path):
+    page = tmp_path / "page.md"
+    marks = "<!-- results: python a -->\n{}\n<!-- end of results -->"
+    around = "before\n<!-- verdict: python b -->\nkept\n<!-- end of verdict -->\n{}\nafter\n"
+    page.write_text(around.format(marks.format("old\nlines")))
+    command = [sys.executable, "benchmarks/results.py", str(watched[0]), "--into", str(page)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.strip()
+    assert page.read_text() == around.format(marks.format(table)) and "| run |" in table
+    page.write_text("no marks\n")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "needs these two lines once" in done.stderr
+    assert page.read_text() == "no marks\n"
+
+
 def test_the_panel_of_an_earlier_step_is_drawn_again(watched, tmp_path):
     command = [sys.executable, "benchmarks/panels.py", str(watched[0]), "240", "100", "--out"]
     done = subprocess.run(
