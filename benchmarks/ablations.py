@@ -9,6 +9,7 @@ on, finished ones are kept: the same command ends with the tables, and `--table`
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,23 @@ PLAYED = {"densest of 100 samples": None, "tanh of the mean": mean_action}
 
 def directory(folder, variant, seed):
     """Where a run of a variant is."""
-    return folder / f"{variant.replace(' ', '_').replace('(', '').replace(')', '')}-seed{seed}"
+    return folder / f"{re.sub(r'[^a-z0-9.-]+', '_', variant).strip('_')}-seed{seed}"
+
+
+def word(key, path):
+    """An override whose value is a path; quoted, as it may hold what Hydra's grammar reserves."""
+    escaped = str(path).replace("'", r"\'")
+    return f"{key}='{escaped}'"
+
+
+def training_words(folder, variant, seed, words):
+    """What follows `python dreamer.py` for one run."""
+    overrides, _ = TRAINED[variant]
+    where = word("run_dir", directory(folder, variant, seed))
+    return [
+        *("--config-name", PRESET, f"seed={seed}"),
+        *(*overrides, *words, where, "logger.mode=disabled"),
+    ]
 
 
 def call_main():
@@ -89,11 +106,10 @@ def call_main():
 
 def train(folder, variant, seed, words):
     """One run in this process, which is then spoiled for others."""
-    overrides, patch = TRAINED[variant]
+    _, patch = TRAINED[variant]
     if patch:
         patch()
-    sys.argv[1:] = ["--config-name", PRESET, f"seed={seed}", *overrides, *words]
-    sys.argv += [f"run_dir={directory(folder, variant, seed)}", "logger.mode=disabled"]
+    sys.argv[1:] = training_words(folder, variant, seed, words)
     call_main()
 
 
@@ -102,7 +118,7 @@ def play(folder, way, seed, episodes):
     if PLAYED[way]:
         PLAYED[way]()
     run = directory(folder, "the preset", seed)
-    sys.argv[1:] = [f"eval.checkpoint={run}", f"eval.episodes={episodes}"]
+    sys.argv[1:] = [word("eval.checkpoint", run), f"eval.episodes={episodes}"]
     call_main()
     [path] = run.glob(f"evaluation_*/{episodes}_episodes.json")
     path.rename(run / f"{way.replace(' ', '_')}.json")

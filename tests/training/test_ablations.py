@@ -58,3 +58,12 @@ def test_every_override_is_a_key_whose_value_differs_from_the_preset():
         for word in overrides:
             key, value = word.split("=")
             assert preset[key] != float(value)
+
+
+@pytest.mark.parametrize("variant", ablations.TRAINED)
+def test_every_variant_starts_wherever_its_folder_is(variant, tmp_path):
+    folder = tmp_path / "a student's, (2nd) folder=1"
+    _, preset, *words = ablations.training_words(folder, variant, 1, ["env.task=balance"])
+    cfg = configure(*words, name=preset)
+    assert cfg.run_dir == str(ablations.directory(folder, variant, 1))
+    assert cfg.seed == 1 and cfg.env.task == "balance"
