@@ -146,9 +146,8 @@ def test_every_table_with_a_command_is_what_the_command_prints(page):
     assert len(tables) == text.count(" --into ") == text.count("<!-- end of ") >= 1
     for _, words, into, table in tables:
         assert into == page
-        done = subprocess.run(
-            f"{sys.executable} {words}", shell=True, cwd=ROOT, capture_output=True, text=True
-        )
+        command = [sys.executable, *words.split()]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == table
 
