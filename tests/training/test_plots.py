@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import yaml
 from matplotlib.image import imread
+from omegaconf import OmegaConf
 
+import honesty
 import random_returns
 import run_groups
+from common.files import read_jsonl
 from common.plots import published_curve, published_metrics
 from small_runs import ROOT, configure, small
 from watched_run import PIXELS
@@ -160,3 +164,28 @@ def test_random_actions_are_measured_for_any_task(tmp_path, monkeypatch):
     returns = random_returns.random_returns("pendulum swingup", 2, 4)
     assert measured == {"pendulum swingup": round(sum(returns) / 2, 1)}
     assert len(returns) == 2 and 0 <= min(returns) <= max(returns) <= 1000
+
+
+def test_beliefs_over_a_run_are_those_of_its_rows_and_become_a_picture(watched, tmp_path):
+    run = watched[0]
+    cfg = OmegaConf.load(run / "config.yaml")
+    history, curves = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "curves.jsonl")
+    found = honesty.beliefs(cfg, history, curves)
+    evaluations = [row for row in history if "behavior/return_gap" in row]
+    assert found["environment_steps"] == [row["environment_steps"] for row in evaluations]
+    for number, (row, curve) in enumerate(zip(evaluations, curves, strict=True)):
+        got = {name: column[number] for name, column in found.items()}
+        gap, bias = row["behavior/return_gap"], row["behavior/value_bias"]
+        # The file of curves holds five digits.
+        assert got["imagined_return"] - got["real_return"] == pytest.approx(gap, abs=1e-3)
+        assert got["value"] - got["true_value"] == pytest.approx(bias, abs=1e-3)
+        H = cfg.optimization.horizon
+        assert len(curve["reward_error"]) > H
+        assert got["reward_error"] == pytest.approx(sum(curve["reward_error"][:H]) / H)
+    command = [sys.executable, "benchmarks/honesty.py", str(run), "--out", str(tmp_path / "h.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert imread(tmp_path / "h.png").std() > 0.05
+    empty = [sys.executable, "benchmarks/honesty.py", str(tmp_path)]
+    done = subprocess.run(empty, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "an evaluation of its beliefs" in done.stderr
