@@ -11,6 +11,7 @@ A folder is a run, or holds runs.
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +36,17 @@ def beliefs(cfg, history, curves):
     """
     horizon = cfg.optimization.horizon
     bias = dict(zip(*column_of(history, "behavior/value_bias"), strict=True))
-    found = {"environment_steps": [], "true_value": []}
+    found = defaultdict(list)
     for row in curves:
-        if "value" not in row:  # the episode was shorter than a dream
+        step = row["environment_steps"]
+        if step not in bias:  # the episode was shorter than a dream, or the row is still to come
             continue
-        found["environment_steps"].append(row["environment_steps"])
+        found["environment_steps"].append(step)
         for name in ("observation_error", "copied_observation", "reward_error", "copied_reward"):
-            found.setdefault(name, []).append(np.mean(row[name][:horizon]))
+            found[name].append(np.mean(row[name][:horizon]))
         for name in ("imagined_return", "real_return", "value"):
-            found.setdefault(name, []).append(np.mean(row[name]))
-        found["true_value"].append(found["value"][-1] - bias[row["environment_steps"]])
+            found[name].append(np.mean(row[name]))
+        found["true_value"].append(found["value"][-1] - bias[step])
     return found
 
 
@@ -55,7 +57,8 @@ def draw_run(axes, path):
     curves = read_jsonl(path / "curves.jsonl", ("environment_steps",))
     published = published_curve(cfg.env) if is_published_setting(cfg.env) else None
     draw_returns(axes[0], history, published)
-    axes[0].set_title(f"{cfg.env.name} {cfg.env.task}, seed {cfg.seed}: return", size=LARGE + 3)
+    task = f"{cfg.env.name} {cfg.env.task}".strip()
+    axes[0].set_title(f"{task}, seed {cfg.seed}: return", size=LARGE + 3)
 
     found = beliefs(cfg, history, curves)
     steps, H = found["environment_steps"], cfg.optimization.horizon
