@@ -132,7 +132,8 @@ def table(groups, every_step, say):
             continue
         found = compare(group)
         if not found:
-            say(f"left out: {group.task}: no seed, or not every one, can be compared at a published step")
+            reason = "no seed, or not every one, can be compared at a published step"
+            say(f"left out: {group.task}: {reason}")
         rows += [row(group.task, *each) for each in (found if every_step else found[-1:])]
     return markdown_table(COLUMNS, rows)
 
@@ -152,7 +153,8 @@ def main():
         print(sentence, file=sys.stderr)
 
     text = table(read_groups(options.runs, say), options.all, say)
-    text = text or "No run with the settings of `config.yaml` can be compared at a published step yet."
+    nothing = "No run with the settings of `config.yaml` can be compared at a published step yet."
+    text = text or nothing
     print(text)
     if options.into:
         put_into_page(options.into, "verdict", text)
