@@ -107,6 +107,18 @@ def test_ours_is_the_mean_since_the_published_point_before():
     assert benchmark.return_at(unfinished, 105_000) is None
 
 
+def test_ours_are_the_ten_evaluations_of_the_official_code_and_no_others():
+    """It evaluates at 15,000, 25,000 ... 105,000; the mean of a line is that of its middle."""
+    for every in (2_500, 5_000):
+        returns = {step: float(step) for step in range(every, 205_000, every)}
+        assert benchmark.return_at(returns, 105_000) == 60_000, every
+    denser = {step: float(step) for step in (10_000, 20_000, *range(30_000, 110_000, 5_000))}
+    ours = 10_000, 20_000, *range(35_000, 115_000, 10_000)
+    assert benchmark.return_at(denser, 105_000) == np.mean(ours)
+    sparse = {step: float(step) for step in range(20_000, 120_000, 20_000)}
+    assert benchmark.return_at(sparse, 105_000) == 60_000, "no evaluation counts twice"
+
+
 def test_the_command_compares_at_published_steps_and_with_the_papers_settings_only(tmp_path):
     for seed in range(3):
         write_run(tmp_path / f"balance{seed}", "task=cartpole-balance", seed=seed, source=seed)
