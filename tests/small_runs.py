@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ import dreamer
 import dreamer_utils as utils
 from common.episodes import ResumableCollector
 from common.files import read_jsonl
+from common.signals import STOP_SIGNALS
 
 ROOT = Path(dreamer.__file__).parent
 LAYOUT = {  # of a replay row with one number to see and one action
@@ -60,6 +63,31 @@ def run_command(*words):
         text=True,
         env=os.environ | {"COLUMNS": "200"},
     )
+
+
+def start(*words, **options):
+    """`python WORDS` in the background, which hears every signal that stops a run.
+
+    Tests that are started with nohup, or with & in a script, ignore some of these signals, and
+    what they start would ignore them too.
+    """
+    ignored = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, **pipes, **options)
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def wait_for(condition, seconds=120):
+    """Waits until `condition()` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def before_phase(patch, number, fault):

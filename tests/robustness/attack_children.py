@@ -22,6 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 import common.opengl
 import dreamer
 import dreamer_utils as utils
+from common.signals import STOP_SIGNALS
 from fingerprint import fingerprint
 
 HUNG = "it did not end"
@@ -69,7 +70,8 @@ class Child:
         sys.argv = ["dreamer.py", *words]
         os.environ["HYDRA_MAIN_MODULE"] = "__main__"  # as if dreamer.py had been typed
         GlobalHydra.instance().clear()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as dreamer.py does before it imports
+        for number in STOP_SIGNALS:  # the attack itself may ignore some, under nohup
+            signal.signal(number, signal.SIG_DFL)
         code = 0
         try:
             if fault:

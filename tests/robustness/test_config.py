@@ -14,7 +14,7 @@ import dreamer
 import dreamer_utils as utils
 from common.config import Config, Section
 from common.keys import flatten
-from small_runs import ROOT, SMALL, configure, small
+from small_runs import ROOT, SMALL, configure, small, start
 
 # What a flip of each key that takes part in learning may look like.
 FLIPS = [
@@ -301,13 +301,12 @@ def test_help_answers_at_once_and_lists_the_keys(tmp_path):
 
 def test_ctrl_c_is_one_sentence(tmp_path):
     flags = f"run_dir={tmp_path / 'run'}", "collector.total_steps=10000", "logger.mode=offline"
-    command = [sys.executable, str(ROOT / "dreamer.py"), *SMALL, *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start("dreamer.py", *SMALL, *flags) as process:
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=60)[1].decode()
+        error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "the same command goes on" in error and "Traceback" not in error

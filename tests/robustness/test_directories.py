@@ -2,8 +2,6 @@
 
 import errno
 import fcntl
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,24 +9,22 @@ import pytest
 from common.errors import UserError
 from common.lock import DirectoryLock
 from fingerprint import fingerprint
-from small_runs import ROOT, SMALL, small
+from small_runs import SMALL, small, start
 
 LONG = ["collector.total_steps=1200", "optimization.train_ratio=0.1", "name=one"]
 
 
-def start(run_dir, *overrides):
+def start_long(run_dir):
     """A training process of its own, through the command line."""
-    command = [sys.executable, "dreamer.py", *SMALL, f"run_dir={run_dir}", *LONG, *overrides]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    return start("dreamer.py", *SMALL, f"run_dir={run_dir}", *LONG)
 
 
 @pytest.mark.parametrize("gap", [0, 0.5, 1, 2.5])
 def test_of_two_starts_one_trains_and_the_other_is_refused(tmp_path, gap):
     run = tmp_path / "run"
-    first = start(run)
+    first = start_long(run)
     time.sleep(gap)
-    second = start(run)
+    second = start_long(run)
     ends = [process.communicate(timeout=120) for process in (first, second)]
     codes = [process.returncode for process in (first, second)]
     said = [out + error for out, error in ends]
@@ -42,7 +38,7 @@ def test_of_two_starts_one_trains_and_the_other_is_refused(tmp_path, gap):
 
 def test_a_running_directory_is_never_set_aside(tmp_path):
     run = tmp_path / "run"
-    process = start(run)
+    process = start_long(run)
     end = time.monotonic() + 60
     while not (run / "config.yaml").exists():
         assert process.poll() is None and time.monotonic() < end

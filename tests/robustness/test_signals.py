@@ -10,8 +10,9 @@ import pytest
 
 import dreamer_utils as utils
 from common.episodes import ResumableCollector
+from common.signals import STOP_SIGNALS
 from fingerprint import fingerprint
-from small_runs import ROOT, SMALL, configure, small
+from small_runs import ROOT, SMALL, configure, small, start, wait_for
 
 TWO = [
     "env.n_parallel_envs=2",
@@ -36,25 +37,9 @@ def group_of(leader):
     return found
 
 
-def wait_for(condition, seconds=120):
-    """Waits until `condition()` is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def start(run_dir, *overrides):
-    """`python dreamer.py` without a terminal, at the head of a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "dreamer.py", *SMALL, f"run_dir={run_dir}", *overrides],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start_group(run_dir, *overrides):
+    """A run without a terminal, at the head of a process group of its own."""
+    return start("dreamer.py", *SMALL, f"run_dir={run_dir}", *overrides, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +54,7 @@ def two_copies(tmp_path_factory):
 def test_a_signal_to_the_whole_group_saves_with_several_copies(tmp_path, two_copies, name):
     """Clusters signal the group: workers and the dashboard's processes get it too."""
     number = signal.Signals[name]
-    process = start(tmp_path / "run", *TWO)
+    process = start_group(tmp_path / "run", *TWO)
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or rows.exists() and "updates" in rows.read_text())
     os.killpg(process.pid, number)
@@ -87,7 +72,7 @@ def test_a_signal_to_the_whole_group_saves_with_several_copies(tmp_path, two_cop
 def test_a_signal_to_the_whole_group_of_a_run_with_one_copy_leaves_no_noise(tmp_path, name):
     """Slurm signals every process of a job, multiprocessing's helper too."""
     steps = "collector.total_steps=40000", "checkpoint.every=20000"
-    process = start(tmp_path / "run", *steps)
+    process = start_group(tmp_path / "run", *steps)
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or rows.exists() and "eval" in rows.read_text())
     os.killpg(process.pid, signal.Signals[f"SIG{name}"])
@@ -112,10 +97,10 @@ def test_a_stopped_worker_ends_in_a_sentence_and_not_in_a_hang(tmp_path, monkeyp
         return original(self)
 
     monkeypatch.setattr(ResumableCollector, "collect", collect)
-    start = time.monotonic()
+    begin = time.monotonic()
     with pytest.raises(utils.UserError) as caught:
         small(tmp_path / "run", *TWO, "logger.mode=disabled")
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - begin < 60
     assert "acting in the environment failed (" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert workers and not any(worker.is_alive() for worker in workers)
@@ -123,10 +108,9 @@ def test_a_stopped_worker_ends_in_a_sentence_and_not_in_a_hang(tmp_path, monkeyp
 
 def test_several_copies_leave_the_signals_to_the_run(tmp_path):
     """TorchRL builds a worker's task in this process too, to look at its specs."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     utils.close_env(utils.make_env(configure(*SMALL, *TWO)))
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 BLOCKED = """
@@ -171,7 +155,7 @@ def test_ctrl_c_stays_ignored_where_it_was():
 
 
 def test_workers_end_silently_with_a_run_that_is_killed(tmp_path):
-    process = start(tmp_path / "run", *TWO)
+    process = start_group(tmp_path / "run", *TWO)
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or rows.exists())
     assert len(group_of(process.pid)) >= 3, "the run and its workers"
@@ -187,7 +171,7 @@ def test_ctrl_c_in_the_first_seconds_ends_at_once_and_silently(tmp_path, copies)
     flags = f"env.n_parallel_envs={copies}", "collector.random_steps=160"
     said = []
     for number in range(5):
-        process = start(tmp_path / f"run{number}", *flags, "optimization.pretrain=100000")
+        process = start_group(tmp_path / f"run{number}", *flags, "optimization.pretrain=100000")
         time.sleep(0.3 + (number + copies / 2) * 2.2)
         os.killpg(process.pid, signal.SIGINT)
         output, error = process.communicate(timeout=60)  # the 100,000 updates would take hours

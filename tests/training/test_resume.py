@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -20,7 +18,7 @@ from common.episodes import EpisodeSeeds, ResumableCollector
 from common.errors import UserError
 from common.run import Run
 from fingerprint import fingerprint
-from small_runs import ROOT, SMALL, configure, small
+from small_runs import SMALL, configure, small, start, wait_for
 
 # Phases of 30 steps cut episodes of 40, and 150 of 240 steps fit into the replay.
 CUT = ["collector.train_every=30", "checkpoint.every=30", "replay_buffer.capacity=150"]
@@ -134,25 +132,10 @@ def test_rows_written_after_the_checkpoint_are_not_there_twice(tmp_path):
     assert small(tmp_path / "run", *flags)[1] == whole
 
 
-def start(run_dir, *overrides):
-    """A training process of its own, through the command line."""
-    command = [sys.executable, "dreamer.py", *SMALL, f"run_dir={run_dir}", *overrides]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-
-
-def wait_for(condition, seconds=120):
-    """Waits until `condition()` is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_the_run_within_one_update(tmp_path, number, code):
     flags = "collector.total_steps=1200", "optimization.train_ratio=0.5"
-    process = start(tmp_path / "run", *flags)
+    process = start("dreamer.py", *SMALL, f"run_dir={tmp_path / 'run'}", *flags)
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: rows.exists() and rows.read_text().count("\n") > 3)
     process.send_signal(number)
@@ -165,7 +148,8 @@ def test_a_signal_saves_and_ends_the_run_within_one_update(tmp_path, number, cod
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    process = start(tmp_path / "run", "optimization.pretrain=100000", "collector.total_steps=1200")
+    flags = "optimization.pretrain=100000", "collector.total_steps=1200"
+    process = start("dreamer.py", *SMALL, f"run_dir={tmp_path / 'run'}", *flags)
     wait_for(lambda: list((tmp_path / "run").glob("checkpoints/checkpoint-*")))
     time.sleep(3)
     process.send_signal(signal.SIGSTOP)  # both arrive before the update ends

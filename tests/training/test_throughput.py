@@ -5,7 +5,6 @@ And what count_operations.py counts.
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from count_operations import computes, count
 from measure_runs import count_paper_run
 from measure_updates import named
-from measuring import ROOT
 from report_cuda import COLUMNS, OURS, cuda_markdown
+from small_runs import start
 from throughput import parse_arguments
 from variants import CUDA_BASELINE, CUDA_UPDATES, PAPER_SIZE, SIZES, UPDATES
 
@@ -131,13 +130,7 @@ def test_a_whole_name_chooses_one_and_a_part_all_that_have_it(monkeypatch):
 @pytest.mark.parametrize("seconds", [1, 8])  # importing, measuring
 def test_ctrl_c_ends_a_measurement_with_one_sentence(seconds):
     """A terminal sends it to the whole group: to the script and to the processes that measure."""
-    script = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "benchmarks" / "throughput.py", "--quick"],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    script = start("-u", "benchmarks/throughput.py", "--quick", start_new_session=True)
     script.stdout.readline()  # the machine; then the processes are started
     time.sleep(seconds)
     os.killpg(script.pid, signal.SIGINT)
