@@ -93,7 +93,7 @@ def observation_errors(world_model, dreamed, observation, start, horizon):
 
 @torch.no_grad()
 def check(world_model, rows, horizon):
-    """The cells of one checkpoint: a line for each of `STARTS`, from the fourth column back."""
+    """The cells of one checkpoint, from the third column on: a line for each of `STARTS`."""
     observation, action, reward = rows
     observation = world_model.preprocess(observation)
     shape = *reward.shape, world_model.sizes["state"]
@@ -129,6 +129,8 @@ def main():
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--episodes", type=int, default=120)
     options = parser.parse_args()
+    if options.episodes < 2:
+        parser.error("--episodes: a correlation needs at least 2")
     played, lines = {}, []
     for name in options.checkpoints:
         _, metadata, states = find_checkpoint(name)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from known_world import KnownWorld
 
 import check_dreams
 from small_runs import ROOT, SMALL, configure
@@ -12,29 +13,11 @@ from small_runs import ROOT, SMALL, configure
 H = 15
 
 
-class World:
-    """A model of a world that shows its last action and pays it as a reward."""
-
-    sizes = {"state": 1}
-
-    def preprocess(self, observation):
-        return observation
-
-    encoder = preprocess
-
-    def initial(self, n):
-        return torch.zeros(n, 1), torch.zeros(n, 1)
+class World(KnownWorld):
+    """A world that shows its last action and pays it as a reward."""
 
     def prior(self, state, belief, action, noise):
         return state, torch.ones_like(state), action, belief
-
-    def posterior(self, belief, embedding, noise):
-        return embedding, torch.ones_like(embedding), embedding
-
-    def reward(self, state, belief):
-        return state
-
-    decoder = reward
 
 
 class Late(World):

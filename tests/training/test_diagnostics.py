@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from known_world import KnownWorld
 
 import dreamer
 from common.diagnostics import Diagnostics
@@ -13,35 +14,6 @@ HP = SimpleNamespace(gamma=GAMMA, lambda_=LAMBDA, horizon=HORIZON)
 DIAGNOSTICS = Diagnostics(
     dreamer.observe, dreamer.imagine, dreamer.lambda_return, dreamer.mode_action
 )
-
-
-class KnownWorld:
-    """A world model that knows the world s' = s + a, r = s, o = s; wrong as its arguments say."""
-
-    sizes = {"state": 1, "belief": 1, "action": 1}
-
-    def __init__(self, reward_bias, drift):
-        self.reward_bias, self.drift = reward_bias, drift
-
-    def preprocess(self, observation):
-        return observation
-
-    encoder = preprocess
-
-    def initial(self, n):
-        return torch.zeros(n, 1), torch.zeros(n, 1)
-
-    def prior(self, state, belief, action, noise):
-        return state, torch.ones_like(state), state + action + self.drift, belief
-
-    def posterior(self, belief, embedding, noise):
-        return embedding, torch.ones_like(embedding), embedding
-
-    def decoder(self, state, belief):
-        return state
-
-    def reward(self, state, belief):
-        return state + self.reward_bias
 
 
 class KnownAgent:
