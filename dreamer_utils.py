@@ -13,7 +13,7 @@ import torch
 from tensordict.nn import NormalParamExtractor, TensorDictModuleBase
 from torch import nn
 
-from common.agents import export_agent, find_checkpoint, take_over_config
+from common.agents import export_agent, find_checkpoint, load_weights, take_over_config
 from common.command_line import end_of_job
 from common.config import load_config, register_configs
 from common.dashboard import check_wandb
@@ -574,14 +574,7 @@ def evaluate_checkpoint(cfg, make_agent, make_evaluation):
     sizes = env_sizes(env)
     env.close()
     agent = make_agent(cfg, *sizes).to(device)
-    try:
-        agent.load_state_dict(states["agent"])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the weights in {path} are not those of its configuration ({reason}): take another"
-            " checkpoint"
-        ) from None
+    load_weights(agent, states.get("agent"), path)
     evaluation = make_evaluation(cfg, agent)
     try:
         write_evaluation(cfg, evaluation, path, metadata["step"])

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dreamer  # noqa: E402
 import dreamer_utils as utils  # noqa: E402
-from common.agents import find_checkpoint, take_over_config  # noqa: E402
+from common.agents import find_checkpoint, load_weights, take_over_config  # noqa: E402
 from common.envs import make_task  # noqa: E402
 from common.episodes import EVALUATION, EpisodeSeeds  # noqa: E402
 from common.opengl import prepare_gl  # noqa: E402
@@ -133,7 +133,7 @@ def main():
         parser.error("--episodes: a correlation needs at least 2")
     played, lines = {}, []
     for name in options.checkpoints:
-        _, metadata, states = find_checkpoint(name)
+        path, metadata, states = find_checkpoint(name)
         cfg = take_over_config(configuration(), metadata["config"])
         horizon = cfg.optimization.horizon
         task = cfg.env.model_dump_json(), cfg.seed, horizon
@@ -141,7 +141,7 @@ def main():
             played[task] = play(cfg, options.episodes, max(STARTS) + 1 + horizon)
         rows = played[task]
         agent = dreamer.make_agent(cfg, rows[0].shape[2:], rows[1].shape[2])
-        agent.load_state_dict(states["agent"])
+        load_weights(agent, states.get("agent"), path)
         utils.set_seeds(cfg.seed)
         cells = check(agent.world_model, rows, horizon)
         lines += [(label(name), f"{metadata['step']:,}", *line) for line in cells]

@@ -50,15 +50,24 @@ def beliefs(cfg, history, curves):
     return found
 
 
-def draw_run(axes, path):
+def titles(paths):
+    """Of the columns: the task and the seed; the folder too where these are the same for two."""
+    configs = [OmegaConf.load(path / "config.yaml") for path in paths]
+    names = [f"{cfg.env.name} {cfg.env.task}".strip() + f", seed {cfg.seed}" for cfg in configs]
+    return [
+        f"{name} ({path.name})" if names.count(name) > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def draw_run(axes, path, title):
     """One column of the figure."""
     cfg = OmegaConf.load(path / "config.yaml")
     history = read_jsonl(path / "metrics.jsonl", ("environment_steps",))
     curves = read_jsonl(path / "curves.jsonl", ("environment_steps",))
     published = published_curve(cfg.env) if is_published_setting(cfg.env) else None
     draw_returns(axes[0], history, published)
-    task = f"{cfg.env.name} {cfg.env.task}".strip()
-    axes[0].set_title(f"{task}, seed {cfg.seed}: return", size=LARGE + 3)
+    axes[0].set_title(f"{title}: return", size=LARGE + 3)
 
     found = beliefs(cfg, history, curves)
     steps, H = found["environment_steps"], cfg.optimization.horizon
@@ -111,8 +120,8 @@ def main():
         parser.error("none of these is or holds a run with an evaluation of its beliefs")
     figure = Figure(figsize=(8 * len(paths), 22), layout="constrained")
     columns = figure.subplots(5, len(paths), squeeze=False, sharex="col").T
-    for axes, path in zip(columns, paths, strict=True):
-        draw_run(axes, path)
+    for axes, path, title in zip(columns, paths, titles(paths), strict=True):
+        draw_run(axes, path, title)
     save_figure(figure, options.out, dpi=60)
     print(f"written: {options.out}")
 

@@ -75,7 +75,20 @@ def take_over_config(cfg, saved, source="eval.checkpoint"):
                 raise UserError(f"the checkpoint knows no {key}: it comes from another version")
             set_key(cfg, key, saved[key])
     cfg.eval.time_limit = cfg.eval.time_limit or saved.get("eval.time_limit", 0)
-    return check_values(cfg.model_dump(), "the checkpoint says ")
+    # The saved values are still unchecked, and the check has the better words for what is wrong.
+    return check_values(cfg.model_dump(warnings=False), "the checkpoint says ")
+
+
+def load_weights(agent, state, path):
+    """Gives `agent` the weights that were read from `path`; `UserError` if they do not fit."""
+    try:
+        agent.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the weights in {path} are not those of its configuration ({reason}): take another"
+            " checkpoint"
+        ) from None
 
 
 class HalfPrecision:

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def write(path, content, compression=zipfile.ZIP_STORED):
 
 
 def evaluate(path):
-    """The sentence that evaluation of a checkpoint ends with."""
-    with pytest.raises(UserError) as caught:
+    """The sentence that evaluation of a checkpoint ends with, and that nothing comes before."""
+    with pytest.raises(UserError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         cfg = configure(f"eval.checkpoint={path}", "device=cpu")
         utils.evaluate_checkpoint(cfg, dreamer.make_agent, dreamer.make_evaluation)
     sentence = str(caught.value)

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from known_world import KnownWorld
 
 import check_dreams
+from common.agents import find_checkpoint
+from common.checkpoint import make_archive
+from common.errors import UserError
 from small_runs import ROOT, SMALL, configure
 
 H = 15
@@ -66,7 +70,7 @@ def test_episodes_are_those_of_the_task_and_hold_every_second_action():
     changes = (action[:, 2:] != action[:, 1:-1]).squeeze(-1).sum(1)
     assert changes.tolist() == [19, 3]
     assert (check_dreams.play(cfg, 2, 21)[0] == observation).all()
-    with pytest.raises(check_dreams.utils.UserError, match="ended after 20 agent steps, and 21"):
+    with pytest.raises(UserError, match="ended after 20 agent steps, and 21"):
         check_dreams.play(cfg, 1, 22)
 
 
@@ -82,3 +86,15 @@ def test_the_dreams_of_the_agent_that_comes_with_the_clone_follow_the_actions():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_weights_of_another_network_end_in_a_sentence(tmp_path, monkeypatch):
+    path, metadata, states = find_checkpoint(ROOT / "benchmarks/agents/cartpole-balance")
+    metadata["config"]["networks.belief_dim"] += 1
+    wrong = tmp_path / "wrong.torchrl"
+    make_archive({"agent": SimpleNamespace(state_dict=lambda: states["agent"])}).save(
+        wrong, metadata=metadata
+    )
+    monkeypatch.setattr(sys, "argv", ["", str(wrong), "--episodes", "2"])
+    with pytest.raises(UserError, match="wrong.torchrl are not those of its configuration"):
+        check_dreams.main()

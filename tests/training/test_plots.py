@@ -186,6 +186,14 @@ def test_beliefs_over_a_run_are_those_of_its_rows_and_become_a_picture(watched, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert imread(tmp_path / "h.png").std() > 0.05
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert honesty.titles([run]) == ["cartpole balance, seed 0"]
+    assert honesty.titles([run, other]) == [
+        "cartpole balance, seed 0 (run)",
+        "cartpole balance, seed 0 (other)",
+    ]
     empty = [sys.executable, "benchmarks/honesty.py", str(tmp_path)]
     done = subprocess.run(empty, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "an evaluation of its beliefs" in done.stderr
