@@ -51,7 +51,6 @@ def start_wandb(cfg, directory, run_id):
     try:
         logger = WandbLogger(
             cfg.name,
-            offline=cfg.logger.mode != "online",
             save_dir=str(directory),
             id=run_id,
             project=cfg.logger.project,
@@ -59,7 +58,8 @@ def start_wandb(cfg, directory, run_id):
             tags=tags(cfg) if "WANDB_TAGS" not in os.environ else None,
             log_env_packages=False,
             config=cfg.model_dump(),
-            # TorchRL sets the mode where only the first run of a process sees it.
+            # TorchRL's `offline` sets a variable of the process, which only its first run sees,
+            # and with which no later one could log in.
             settings=wandb.Settings(
                 init_timeout=30, mode="online" if cfg.logger.mode == "online" else "offline"
             ),

@@ -319,6 +319,13 @@ def test_an_offline_dashboard_needs_no_key_whatever_was_asked_before(tmp_path, m
     wandb.teardown()
 
 
+def test_an_offline_dashboard_leaves_the_next_run_of_the_process_its_login(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    small(tmp_path / "offline", "logger.mode=offline")
+    assert "WANDB_API_KEY invalid" in refused(tmp_path / "online", "logger.mode=online")
+
+
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(tmp_path / "run", "logger.mode=offline")
