@@ -25,8 +25,11 @@ def check_wandb(cfg):
         raise UserError(
             "wandb is not installed: pip install wandb, or use logger.mode=disabled"
         ) from None
+    online = cfg.logger.mode == "online"
     try:
-        has_key = cfg.logger.mode != "online" or wandb.login(prompt=False, verify=False)
+        if online:  # whatever WANDB_MODE says: logger.mode goes before it
+            wandb.setup(settings=wandb.Settings(mode="online"))
+        has_key = not online or wandb.login(prompt=False, verify=False)
     except wandb.errors.Error as error:  # a key that is too short, say
         raise UserError(f"{str(error).splitlines()[0]} Mend it, {WITHOUT_WANDB}") from None
     except ValueError as error:

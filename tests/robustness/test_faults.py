@@ -21,6 +21,7 @@ import common.rows
 import dreamer
 import dreamer_utils as utils
 from common.checkpoint import checkpoint_paths, newest_whole_checkpoint
+from common.dashboard import check_wandb
 from common.opengl import check_picture
 from fingerprint import fingerprint
 from small_runs import SMALL, before_phase, configure, small
@@ -292,6 +293,16 @@ def test_wandb_with_a_key_that_cannot_be_one(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     sentence = refused(tmp_path / "run", "logger.mode=online")
     assert "WANDB_API_KEY invalid" in sentence and "logger.mode=offline" in sentence
+
+
+def test_an_online_dashboard_may_log_in_whatever_the_variable_says(monkeypatch):
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb(configure(*SMALL, "logger.mode=online"))
+    wandb.teardown()
 
 
 def test_wandb_with_an_address_that_is_none(tmp_path, monkeypatch):
