@@ -132,19 +132,28 @@ def test_rows_written_after_the_checkpoint_are_not_there_twice(tmp_path):
     assert small(tmp_path / "run", *flags)[1] == whole
 
 
+MANY_UPDATES = "collector.total_steps=800", "optimization.train_ratio=0.5"
+
+
+@pytest.fixture(scope="module")
+def many_updates(tmp_path_factory):
+    """The fingerprint of the run with many updates, undisturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    small(run, *MANY_UPDATES)
+    return fingerprint(run)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_ends_the_run_within_one_update(tmp_path, number, code):
-    flags = "collector.total_steps=1200", "optimization.train_ratio=0.5"
-    process = start("dreamer.py", *SMALL, f"run_dir={tmp_path / 'run'}", *flags)
+def test_a_signal_saves_and_ends_the_run_within_one_update(tmp_path, many_updates, number, code):
+    process = start("dreamer.py", *SMALL, f"run_dir={tmp_path / 'run'}", *MANY_UPDATES)
     rows = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: rows.exists() and rows.read_text().count("\n") > 3)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "the same command goes on" in said and "Traceback" not in said
-    small(tmp_path / "run", *flags, f"name={configure(*SMALL).name}")
-    small(tmp_path / "whole", *flags)
-    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+    small(tmp_path / "run", *MANY_UPDATES, f"name={configure(*SMALL).name}")
+    assert fingerprint(tmp_path / "run") == many_updates
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
