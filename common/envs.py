@@ -41,7 +41,9 @@ class SuiteEpisodes:
             screen = env.physics.model.vis.global_
             screen.offheight, screen.offwidth = height, width
             self._spec = dm_env.specs.Array(IMAGE, np.uint8)
-            self._camera = Camera(env.physics, height, width, camera)
+            self._camera = Camera(
+                env.physics, height, width, camera, scene_callback=self._use_own_opengl
+            )
 
     def reset(self):
         """Starts the next episode, whose seed is its own."""
@@ -64,6 +66,24 @@ class SuiteEpisodes:
         else:
             observation = self._camera.render().copy()
         return time_step._replace(observation={"observation": observation})
+
+    def _use_own_opengl(self, *_):
+        """Draws where this environment draws, whatever the process rendered since.
+
+        dm_control sees its own OpenGL contexts only: after an environment of Gymnasium it would
+        draw in that one's, and after the end of one nowhere, which leaves the picture as it was.
+        """
+        context = self._env.physics.contexts.gl
+        with context.make_current() as thread:
+            thread.call(context._platform_make_current)
+
+    def close(self):
+        """Frees what MuJoCo has drawn with where it was made, not in another environment's."""
+        if self._camera is not None:
+            self._use_own_opengl()
+            self._env.physics.free()
+            self._camera = None
+        self._env.close()
 
     def observation_spec(self):
         """The image or the flat state."""

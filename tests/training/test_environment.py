@@ -145,8 +145,9 @@ def test_gymnasium_from_states_honors_terminations(tmp_path):
 
 
 def test_gymnasium_from_pixels():
-    env = environment("env.backend=gymnasium", "env.name=HalfCheetah-v5", "env.task=''")
-    pixels = env.rollout(2)["next", "observation"]
+    flags = "env.backend=gymnasium", "env.name=HalfCheetah-v5", "env.task=''"
+    with contextlib.closing(environment(*flags)) as env:
+        pixels = env.rollout(2)["next", "observation"]
     assert pixels.shape == (2, 64, 64, 3) and pixels.dtype == torch.uint8
     assert pixels.float().std() > 5
 
