@@ -102,7 +102,24 @@ def test_autocast_names():
     assert resolve_precision("true", CPU) == torch.bfloat16
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
     assert resolve_precision("float16", CPU) == torch.float16
-    assert resolve_precision("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+AVX512 = {"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    "cpu, expected",
+    [
+        (AVX512, torch.bfloat16),
+        ({**AVX512, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({**AVX512, "cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16),
+        ({**AVX512, "avx512_bf16": False}, torch.float32),
+        ({"architecture": "aarch64"}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_faster(monkeypatch, cpu, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert resolve_precision("auto", CPU) == expected
 
 
 @pytest.mark.parametrize("size", [16, 320])
